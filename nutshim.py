@@ -49,6 +49,7 @@ import socket
 import ssl
 import stat
 import sys
+import termios
 import threading
 import time
 import types
@@ -68,8 +69,10 @@ STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's 
 DRAIN_LIMIT = 5           # seconds for what is under way when one side has closed
 STOP_GRACE = 2            # seconds for replies under way at TERM; procd kills after 5
 BACKLOG = 128             # connections waiting in the kernel
+ACCEPT_BATCH = 16         # of them taken in one round, before established sessions have their turn
 KEPT_MAX = 32             # idle upstream sessions kept for reuse, per shim
 RESOLVE_TTL = 60          # seconds a name's addresses are used without asking again
+TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each time one is read
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
@@ -144,6 +147,8 @@ def _permit(text, base):
         return _pin(identity, base), access
     if identity != "*" and not re.match(r"(CN=|DNS:|IP:|URI:|email:)\S", identity):
         raise ValueError("expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '%s'" % identity)
+    if identity.startswith("IP:") and not numeric_family(identity[3:]):
+        raise ValueError("expected an address behind IP:, not '%s'" % identity)
     return normal_name(identity), access
 
 
@@ -523,6 +528,11 @@ class Conversation:
         return self.sent - self.got if self.counted else 0
 
     @property
+    def busy(self) -> bool:
+        """Replies may still come."""
+        return self.sent > self.got or not self.counted
+
+    @property
     def clean(self) -> bool:
         """Upstream is as good as new: only stateless commands, every reply in and whole."""
         replies = self._replies
@@ -727,6 +737,17 @@ def normal_name(name: str) -> str:
 _PEM_KINDS = {"CERTIFICATE": "certificate", "PRIVATE KEY": "private key", "X509 CRL": "revocation list (X509 CRL)"}
 
 
+def _has_certificate(path):
+    """In a directory other files may stand beside: revocation lists, a README."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return b"BEGIN CERTIFICATE" in file.read()
+    except OSError:
+        return True                                     # Its reader will say what is wrong.
+
+
 class Credentials:
     """A shim's TLS context, and what -t, the log and the expiry checks want to know of it.
 
@@ -772,7 +793,9 @@ class Credentials:
                 text = file.read().decode("latin-1")
             if kind + "-----" not in text:
                 raise ValueError("expected PEM with a %s, found none" % _PEM_KINDS[kind])
-            blocks = re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", text, re.DOTALL)
+            blocks = re.findall(r"-----BEGIN CERTIFICATE-----.*?(?:-----END CERTIFICATE-----|\Z)", text, re.DOTALL)
+            if kind == "X509 CRL" and blocks:
+                raise ValueError("expected nothing but revocation lists, found a certificate, which would be trusted")
             return text, [read_certificate(ssl.PEM_cert_to_DER_cert(block)) for block in blocks], blocks
         except (OSError, ValueError) as error:
             self._fault(option, path, error)
@@ -782,8 +805,8 @@ class Credentials:
         conf = self._conf
         option, path = ("key", conf.key) if conf.key else ("certificate", conf.certificate)
         own = self._pem("certificate", conf.certificate, "CERTIFICATE")[1]
-        key = self._pem(option, path, "PRIVATE KEY")[0]
-        if not own or not key:
+        key = own and self._pem(option, path, "PRIVATE KEY")[0]
+        if not key:
             return
         try:
             if "ENCRYPTED" in key:
@@ -809,17 +832,16 @@ class Credentials:
                 if not context.cert_store_stats()["x509"] and not (folder and os.listdir(folder)):
                     raise ValueError("this machine has no CA certificates; install its package ca-certificates")
             else:
-                paths = [conf.trust]
+                paths, blocks = [conf.trust], []
                 if os.path.isdir(conf.trust):
-                    paths = sorted(os.path.join(conf.trust, name) for name in os.listdir(conf.trust))
-                blocks = []
+                    paths = filter(_has_certificate, sorted(os.path.join(conf.trust, name) for name in os.listdir(conf.trust)))
                 for path in paths:
                     _, certificates, found = self._pem("trust", path, "CERTIFICATE")
-                    blocks += found
+                    blocks += found or [""]
                     self.expiries += [("trusted certificate in %s" % path, each.not_after) for each in certificates]
-                if not paths:
+                if not blocks:
                     raise ValueError("expected PEM files with certificates, found none")
-                if blocks:
+                if any(blocks):
                     context.load_verify_locations(cadata="\n".join(blocks))
         except (OSError, ValueError) as error:
             self._fault("trust", conf.trust, error)
@@ -827,7 +849,7 @@ class Credentials:
             if self._pem("crl", path, "X509 CRL")[0]:
                 try:
                     context.load_verify_locations(cafile=path)
-                    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+                    context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
                 except OSError as error:
                     self._fault("crl", path, error)
 
@@ -861,7 +883,7 @@ _VERIFY_WORDS = {
 
 def tls_error(error, name=None) -> str:
     """An exception of a socket, with or without TLS, in an administrator's words."""
-    reason = getattr(error, "reason", None) or ""
+    reason = isinstance(error, ssl.SSLError) and error.reason or ""
     if isinstance(error, ssl.SSLCertVerificationError):
         if error.verify_code in (62, 64):
             return "its certificate is not for this %s (%s): set server_name, or make a certificate with it" % (
@@ -886,7 +908,7 @@ def days_text(not_after) -> str:
 # --- Log -----------------------------------------------------------------------------------------
 
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7         # As syslog's (RFC 5424 6.2.1).
-_LEVELS = {ERROR: "error", WARNING: "warning", NOTICE: "notice", INFO: "info", DEBUG: "debug"}
+_LEVELS = {ERROR: "error: ", WARNING: "warning: ", NOTICE: "notice: ", INFO: "info: ", DEBUG: "debug: "}
 
 
 class Log:
@@ -900,16 +922,19 @@ class Log:
         self.hold = False
         self.lines, self._lost, self._limited, self._sock = [], 0, {}, None
         self.fd = -1
-        self.open("stderr")
+        self.use("stderr", 2)
 
-    def open(self, target: str):
-        """Start with a target, or open it anew; OSError when its file cannot be written."""
-        fd = 2
-        if target not in ("syslog", "stderr"):
-            fd = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+    @staticmethod
+    def open(target: str) -> int:
+        """The descriptor to use() for a target; OSError when its file cannot be written."""
+        if target in ("syslog", "stderr"):
+            return 2
+        return os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+
+    def use(self, target: str, fd: int):
         if self.fd > 2:
             os.close(self.fd)
-        self.fd, self._syslog = fd, target == "syslog"
+        self.fd, self._syslog, self._second = fd, target == "syslog", None
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 
@@ -936,8 +961,11 @@ class Log:
             if self._syslog:
                 self._to_syslog(lines)
             else:
-                stamp = "%s nutshim[%d] " % (time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid())
-                data = "".join("%s%s: %s\n" % (stamp, _LEVELS[level], text) for level, text in lines).encode("utf-8", "replace")
+                now = int(time.time())
+                if now != self._second:
+                    self._second = now
+                    self._stamp = time.strftime("%Y-%m-%d %H:%M:%S nutshim[") + "%d] " % os.getpid()
+                data = "".join([self._stamp + _LEVELS[level] + text + "\n" for level, text in lines]).encode("utf-8", "replace")
                 while data:
                     cut = data.rfind(b"\n", 0, 4096) + 1 or 4096
                     if not self._poll.poll(0):      # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
@@ -990,7 +1018,9 @@ def address_text(address) -> str:
 
 
 def look_up(host: str, port: int) -> list:
-    """getaddrinfo() as [(family, address)], in its order; OSError."""
+    """getaddrinfo() as [(family, address)], in its order; OSError. localhost needs no resolver (RFC 6761 6.3)."""
+    if host == "localhost":
+        return look_up("127.0.0.1", port) + look_up("::1", port)
     # Bytes, since a str needs the idna codec, which small boxes do not have.
     found = socket.getaddrinfo(host.encode("ascii"), port, 0, socket.SOCK_STREAM)
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
@@ -1035,13 +1065,19 @@ class Workers:
         self._wake()
 
 
+_LAST = getattr(socket, "MSG_MORE", 0)      # With what is sent right before close(): one packet, not two.
+_buffer = bytearray(CHUNK)      # All reads go through it: a new 16 KiB object each time would cost more than the read.
+_view = memoryview(_buffer)
+
+
 class Side:
     """One socket in the loop, with the bytes that the kernel did not take yet."""
-    __slots__ = ("sock", "session", "shim", "out", "mask", "eof", "busy", "closed", "error", "on_read", "on_write",
+    __slots__ = ("sock", "_fill", "_send", "session", "shim", "out", "mask", "eof", "busy", "closed", "error", "on_read", "on_write",
                  "peer", "name", "_selector")
 
     def __init__(self, selector, sock, session, on_read=None):
-        self.sock, self.session, self._selector = sock, session, selector
+        self.session, self._selector = session, selector
+        self.adopt(sock)
         self.on_read, self.on_write = on_read, self.flush
         self.out, self.mask, self.error = b"", 0, ""    # error: how it ended, if not by a proper end.
         self.eof = False                # Nothing more will come.
@@ -1050,6 +1086,12 @@ class Side:
         self.peer = self.name = None    # The Peer, once TLS is up, and by what name it was asked for.
         if on_read:
             self.want(READ)
+
+    def adopt(self, sock):
+        """Take a socket, or the TLS socket that was made of it."""
+        self.sock, self._send = sock, sock.send
+        self._fill = functools.partial(*(sock.read, CHUNK, _buffer) if isinstance(sock, ssl.SSLSocket)
+                                       else (sock.recv_into, _buffer))
 
     def want(self, mask):
         if mask != self.mask:
@@ -1064,27 +1106,27 @@ class Side:
     def recv(self):
         """Bytes; b"" at the end, however it came; None when there is nothing yet."""
         try:
-            data = self.sock.recv(CHUNK)
+            size = self._fill()
+            if size:
+                return _view[:size].tobytes()
         except _NOT_NOW:
             return None
         except OSError as error:
-            data = b""
             if not isinstance(error, ssl.SSLZeroReturnError):
                 self.error = tls_error(error)
-        if not data:
-            self.eof = True
-        return data
+        self.eof = True
+        return b""
 
-    def send(self, data):
+    def send(self, data, flags=0):
         """Send what the kernel takes now, keep the rest for flush()."""
         if self.out:
             self.out += data
             return
         try:
-            sent = self.sock.send(data)
+            sent = self._send(data, flags)
             while sent < len(data):
                 data = data[sent:]
-                sent = self.sock.send(data)
+                sent = self._send(data)
         except _NOT_NOW:
             self.out = bytearray(data)
             self.want(self.mask | WRITE)
@@ -1094,13 +1136,13 @@ class Side:
     def flush(self):
         try:
             while self.out:
-                del self.out[:self.sock.send(self.out)]
+                del self.out[:self._send(self.out)]
         except _NOT_NOW:
             return
         except OSError:
             pass
         self.out = b""
-        self.want(self.mask & ~WRITE or READ)
+        self.want(self.mask & ~WRITE)
 
     def half_close(self):
         """Tell the peer that nothing more will come, and go on reading."""
@@ -1109,13 +1151,25 @@ class Side:
         except OSError:
             pass
 
+    def settled(self):
+        """Nothing is unread, and the peer has acknowledged everything: close() loses nothing."""
+        try:
+            if socket.socket.recv(self.sock, 1, socket.MSG_PEEK):
+                return False
+        except BlockingIOError:
+            pass
+        except OSError:
+            return True
+        return not any(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))
+
     def say_goodbye(self):
-        """The same with TLS's close_notify, after which what still comes is not read as TLS any more."""
+        """The same with TLS's close_notify; what still comes is not read as TLS any more."""
         try:
             if self.peer and not self.eof:
                 self.sock.unwrap()
         except (OSError, ValueError):
             pass
+        self._fill = functools.partial(socket.socket.recv_into, self.sock, _buffer)
         self.peer = None
         self.half_close()
 
@@ -1127,7 +1181,7 @@ class Side:
             if self.peer:
                 self.say_goodbye()
             self.sock.close()
-            self.sock = None
+            self.sock = self._fill = self._send = None
 
 
 # --- Sessions ------------------------------------------------------------------------------------
@@ -1141,7 +1195,7 @@ class Session:
     """One NUT client's connection and the upstream session that serves it, from accept to close."""
     __slots__ = ("loop", "shim", "number", "client", "upstream", "address", "state", "deadline", "began", "last",
                  "talk", "greeting", "access", "user", "ups", "bytes_in", "bytes_out", "replay",
-                 "targets", "addresses", "target", "dial_end", "failures", "ending", "stopping")
+                 "targets", "addresses", "target", "dial_end", "failures", "ending", "stopping", "prefix")
 
     def __init__(self, loop, shim, sock, address):
         self.loop, self.shim, self.address = loop, shim, address
@@ -1153,6 +1207,7 @@ class Session:
         self.bytes_in = self.bytes_out = 0
         self.failures, self.ending = [], None
         self.number = shim.count(address)
+        self.prefix = "[%s] #%d %s: " % (shim.name, self.number, address_text(address))
 
     def start(self):
         self.log(INFO, "opened")
@@ -1171,7 +1226,7 @@ class Session:
             self._dial()
 
     def log(self, level, text):
-        self.loop.log(level, "[%s] #%d %s: %s" % (self.shim.name, self.number, address_text(self.address), text))
+        self.loop.log(level, self.prefix + text)
 
     def _until(self, seconds):
         """Past that deadline the loop calls expired()."""
@@ -1191,7 +1246,8 @@ class Session:
         reply, verdict, plain = self.greeting.feed(data, local)
         if self.loop.log.debug:
             self.log(DEBUG, "before TLS: %d bytes, %s" % (len(data), verdict or "no STARTTLS yet"))
-        self.client.send(reply)
+        if reply:
+            self.client.send(reply)
         if verdict == "tls":
             self.state = HANDSHAKE
             self._start_tls(self.client, None)
@@ -1224,9 +1280,10 @@ class Session:
         side.want(0)
         side.name = name
         try:
-            side.sock = shim.context.wrap_socket(side.sock, shim.server, False, server_hostname=name,
-                                                 session=shim.tickets.get(name))
+            side.adopt(shim.context.wrap_socket(side.sock, shim.server, False, server_hostname=name,
+                                                session=shim.ticket(name)))
         except (OSError, ValueError) as error:
+            side.eof = True                     # Reset by now; the socket went with it.
             return self._tls_failed(side, Reason.TLS, tls_error(error))
         self._handshake(side)
 
@@ -1260,9 +1317,11 @@ class Session:
             self._connected(side)
 
     def _tls_failed(self, side, reason, text):
-        self.shim.tickets.pop(side.name, None)
-        if self.shim.server:
+        self.shim.drop_ticket(side.name)
+        if self.shim.server and side.eof:
             self.close(reason, text)
+        elif self.shim.server:
+            self.finish(reason, text)           # Not close(), or a reset could overtake the alert.
         else:
             self._target_failed(text if reason is Reason.TLS else "%s: %s" % (reason.value, text))
 
@@ -1384,7 +1443,7 @@ class Session:
                 self.replay = self.replay + up if len(self.replay) < CHUNK else None
             self.upstream.send(up)
         if back:
-            client.send(back)
+            client.send(back, _LAST if talk.done else 0)
         if client.out or self.upstream.out or talk.leaving or talk.local:
             self._settle()
 
@@ -1425,7 +1484,7 @@ class Session:
             if self.shim.reuse and talk.clean:
                 self._release()
             return self.finish(Reason.LOGOUT)
-        if self.stopping and talk.owed <= 0:
+        if self.stopping and not talk.busy:
             return self.finish(Reason.STOP)
         full = len(client.out) > HIGH_WATER
         wait = client.eof or full or upstream.out or self.stopping or talk.crowded
@@ -1453,7 +1512,7 @@ class Session:
     def _client_ended(self):
         if self.shim.reuse and self.talk.clean:
             self._release()
-        elif self.talk.owed > 0 and not self.client.error:
+        elif self.talk.busy and not self.client.error:
             # Half-closed: upsd learns of it at once, and its last replies still arrive.
             self.upstream.half_close()
             self._settle()
@@ -1475,11 +1534,11 @@ class Session:
     def finish(self, reason, detail=""):
         """Send the client what is on its way to it, say goodbye, and wait a little for its own end.
 
-        A socket that is closed with bytes unread is reset, which can overtake the last replies.
+        A socket that is closed with bytes unread, or gets some afterwards, is reset and its last replies are lost.
         """
         client = self.client
-        if reason is Reason.LOGOUT and not client.out:
-            return self.close(reason)
+        if reason in ORDINARY and not client.out and (reason is Reason.LOGOUT or client.settled()):
+            return self.close(reason, detail)
         self._report(reason, detail)
         self.state = ENDING
         if self.upstream:
@@ -1539,13 +1598,13 @@ class Session:
         if self.ending:
             return
         self.ending = reason
-        ordinary = reason in ORDINARY
+        ordinary = reason in ORDINARY and not (reason is Reason.UPSD and detail)
         if not ordinary:
             self.shim.refused[reason.value] += 1
         text = "closed: %s%s, %.1f s, %d bytes in, %d bytes out" % (
             reason.value, " (%s)" % detail if detail else "", self.loop.now - self.began, self.bytes_in, self.bytes_out)
         if reason is Reason.RESOURCES:
-            self.loop.log.limited(WARNING, reason, "[%s] #%d %s" % (self.shim.name, self.number, text))
+            self.loop.log.limited(WARNING, reason, self.prefix + text)
         else:
             self.log(INFO if ordinary else WARNING, text)
 
@@ -1562,13 +1621,11 @@ class Target:
 
     def __init__(self, host, port):
         self.host, self.port, self.text = host, port, address_text((host, port))
-        self.addresses = []
         self.failed = None                      # The last failure, None when it works.
-        self._fresh_until = 0
         self._waiting = None                    # The callbacks of a look-up under way.
-        family = numeric_family(host)
-        if family and "%" not in host:
-            self.addresses, self._fresh_until = [(family, (host, port))], float("inf")
+        self.addresses, self._fresh_until = [], 0
+        if host == "localhost" or numeric_family(host):
+            self.addresses, self._fresh_until = look_up(host, port), float("inf")
 
     def resolve(self, loop, then):
         """The addresses known; where there are none yet, then(self, error) is called later."""
@@ -1601,7 +1658,7 @@ class Shim:
         self.reuse = 0 if self.server else conf.reuse
         self.targets = [Target(host, port) for host, port in conf.upstream]
         self.kept = collections.deque()         # (until, side), the oldest first
-        self.tickets = {}                       # server name -> ssl.SSLSession, to resume (RFC 8446 2.2)
+        self._tickets = {}                      # server name -> (until, ssl.SSLSession or None)
         self.counts = collections.Counter()     # "total" sessions, "fresh" and "reused" upstream sessions
         self.refused = collections.Counter()    # By the Reason's words.
         self.addresses = collections.Counter()  # Open sessions by the peer's address.
@@ -1634,15 +1691,21 @@ class Shim:
         return (self.conf.server_name or target.host.partition("%")[0]).encode("ascii")
 
     def close_upstream(self, side):
-        """Close it, and keep its newest ticket for the next handshake with that server."""
-        if side.peer and side.name and not self.retired and not side.error:
+        """Close it, and keep its ticket for the next handshakes with that server."""
+        if side.peer and side.name and not side.error and self.loop.now >= self._tickets.get(side.name, (0, None))[0]:
             try:
                 ticket = side.sock.session
-                if ticket and ticket.has_ticket:
-                    self.tickets[side.name] = ticket
             except (OSError, ValueError):
-                pass
+                ticket = None
+            self._tickets[side.name] = (self.loop.now + TICKET_TTL, ticket if ticket and ticket.has_ticket else None)
         side.close()
+
+    def ticket(self, name):
+        """The ssl.SSLSession to resume with that server, or None (RFC 8446 2.2)."""
+        return self._tickets.get(name, (0, None))[1]
+
+    def drop_ticket(self, name):
+        self._tickets.pop(name, None)
 
     def keep(self, side):
         """Put an upstream session that is as good as new aside, or close it."""
@@ -1753,9 +1816,9 @@ class Loop:
             for key, mask in events:
                 side = key.data
                 try:
-                    if mask & READ and side.mask & READ:
+                    if mask & side.mask & READ:
                         side.on_read()
-                    if mask & WRITE and side.mask & WRITE:
+                    if mask & side.mask & WRITE:
                         side.on_write()
                 except Exception as error:
                     self._fault(side.session, error)
@@ -1790,22 +1853,24 @@ class Loop:
 
     def _accept(self, listener):
         shim = listener.shim
-        try:
-            sock, address = listener.sock.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            return self._exhausted(listener, error)
-        reason = shim.refusal(address[0])
-        if reason:
-            shim.refused[reason.value] += 1
-            self.log.limited(WARNING, (shim.name, reason), "[%s] %s: refused: %s" % (
-                shim.name, address_text(address), reason.value))
-            return sock.close()
-        sock.setblocking(False)
-        session = Session(self, shim, sock, address)
-        self.sessions.add(session)
-        self.guarded(session, session.start)
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, address = listener.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                return self._exhausted(listener, error)
+            reason = shim.refusal(address[0])
+            if reason:
+                shim.refused[reason.value] += 1
+                self.log.limited(WARNING, (shim.name, reason), "[%s] %s: refused: %s" % (
+                    shim.name, address_text(address), reason.value))
+                sock.close()
+                continue
+            sock.setblocking(False)
+            session = Session(self, shim, sock, address)
+            self.sessions.add(session)
+            self.guarded(session, session.start)
 
     def _exhausted(self, listener, error):
         """Without descriptors a connection cannot even be refused, so one is held back for that."""
@@ -1963,8 +2028,12 @@ def _probe(conf, context, host, port):
             while not ends:
                 data = sock.recv(CHUNK)
                 if not data:
-                    raise ValueError("closed before it answered %s" % command.decode().strip())
+                    raise ValueError("closed before it answered %s: does upsd run there? The server shim's log tells"
+                                     % command.decode().strip())
                 answer, ends = answer + data, replies.feed(data)
+            if answer.startswith(b"ERR"):
+                raise ValueError("%s was answered with '%s': what does permit say there?" % (
+                    command.decode().strip(), printable(answer.strip())))
             for line in answer.splitlines():
                 say(step, printable(line))
         return True
@@ -2031,7 +2100,7 @@ class Daemon:
             raise ConfigError(conf.at("log") + "stderr needs -F or -D")
         self.conf = conf
         os.umask(0o027)
-        self._open_log(conf)
+        self.log.use(*self._open_log(conf))
         self._lock_pidfile()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)      # The loop learns of it through the wake-up descriptor.
@@ -2054,8 +2123,10 @@ class Daemon:
         return 0
 
     def _open_log(self, conf):
+        """What log.use() takes."""
+        target = "stderr" if self.args.debug else conf.log
         try:
-            self.log.open("stderr" if self.args.debug else conf.log)
+            return target, self.log.open(target)
         except OSError as error:
             raise ConfigError("%s%s: %s" % (conf.at("log"), conf.log, error.strerror)) from None
 
@@ -2168,26 +2239,28 @@ class Daemon:
                 self.log(WARNING, "%sgoing on as root, since there is no user nut" % conf.at("user"))
         if account and account.pw_uid == os.geteuid():
             account = None
-        if account:
-            if self._pidfile is not None:
-                os.chown(control_path(conf), account.pw_uid, account.pw_gid)
-            if self.log.fd > 2:
-                os.fchown(self.log.fd, account.pw_uid, account.pw_gid)
+        at = conf.at("user")
         try:
+            if account and self._pidfile is not None:
+                os.chown(control_path(conf), account.pw_uid, account.pw_gid)
+            if account and self.log.fd > 2:
+                os.fchown(self.log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
                 import datetime, ipaddress, json, traceback     # noqa: E401,F401  Out of reach afterwards.
                 "".encode("utf-16-be")
+                at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
             os.chdir("/")
             if not account:
                 return
+            at = conf.at("user") + account.pw_name + ": "
             os.setgroups([])
             os.setgid(account.pw_gid)
             os.setuid(account.pw_uid)
         except OSError as error:
-            raise ConfigError("%s%s, %s: %s" % (conf.at("user"), account and account.pw_name, conf.chroot, error.strerror)) from None
+            raise ConfigError(at + error.strerror) from None
         if (os.getresuid(), os.getresgid(), os.getgroups()) != ((account.pw_uid,) * 3, (account.pw_gid,) * 3, []):
-            raise ConfigError("%scould not become %s" % (conf.at("user"), account.pw_name))
+            raise ConfigError(at + "the change of user did not work")
         for option, path in [("", conf.path)] + [(o, getattr(s, o)) for s in conf.shims for o in ("certificate", "key", "trust")]:
             if path and path != "system" and not os.access(path, os.R_OK):
                 self.log(WARNING, "%s: %s cannot read it, so a reload will fail" % (path, account.pw_name))
@@ -2248,9 +2321,13 @@ class Daemon:
             return
         side.on_write = lambda: (side.flush(), side.out or side.close())
         side.on_read = side.close
-        side.send(self._request(data.decode("ascii", "replace").strip()).encode())
-        if not side.out:
-            side.close()
+        answer = "ERR\nan internal error, which the log tells"
+        try:
+            answer = self._request(data.decode("ascii", "replace").strip())
+        finally:
+            side.send(answer.encode())
+            if not side.out:
+                side.close()
 
     def _request(self, word):
         if word == "status":
@@ -2275,20 +2352,23 @@ class Daemon:
         if self.loop.stopping:
             return "nutshim is stopping"
         self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        old = self.conf
+        old, log = self.conf, None
         try:
             conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
             fixed = [option for option in ("user", "chroot", "pidfile", "handshake_threads")
                      if getattr(conf, option) != getattr(old, option) and (option in conf.lines or option in old.lines)]
             for option in ("user", "chroot", "pidfile"):
                 setattr(conf, option, getattr(old, option))
-            self._open_log(conf)
+            log = self._open_log(conf)
             self._apply(conf, credentials, warnings)
         except ConfigError as error:
-            self._open_log(old)
-            self.log(ERROR, "reload failed, going on as before:\n%s" % error)
+            if log and log[1] > 2:
+                os.close(log[1])
+            text = str(error) + ("\n(looked for inside the chroot %s)" % old.chroot if old.chroot else "")
+            self.log(ERROR, "reload failed, going on as before:\n" + text)
             self.notify("READY=1")
-            return str(error)
+            return text
+        self.log.use(*log)
         if fixed:
             self.log(WARNING, "%s: takes effect at the next start" % ", ".join(fixed))
         self.log(NOTICE, "reloaded %s" % self.path)
