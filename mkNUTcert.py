@@ -1,0 +1,1168 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""mkNUTcert.py - certificates for NUT over TLS, made with the openssl command.
+
+Without a command it makes one pair of files and keeps nothing else:
+
+      a CA made for this pair alone; its key is never written
+        |  signs
+      HOST.cert.pem          for the upsd box: key, certificate, CA       secret
+      HOST-client.cert.pem   for the clients, their `trust`: the CA       public
+
+`mkNUTcert.py ca` makes a CA that stays; server, client, revoke and renew use it:
+
+      /etc/nut/nutshim/ca.pem             `trust` on every box            public
+                       crl.pem            `crl` on the upsd box           public
+                       issued/            a copy of every certificate     public
+                       private/           the CA's key and its records    its owner's alone
+                       HOST.server.pem    key, certificate, CA            secret
+                       HOST.client.pem    the same, for mutual TLS        secret
+
+Secret files are root's and NUT's group may read them (0640 root:nut); 0600 where there is no
+NUT user. `show` and `check` read any PEM file and change nothing.
+
+From the top: limits - names - files - the openssl command - the CA - what is made - show -
+check - the command line. It needs no more than OpenWrt's python3-light and openssl-util,
+Python 3.7, OpenSSL 1.1.1. LibreSSL lacks options that revoke, renew, show and check want.
+"""
+
+import argparse
+import base64
+import contextlib
+import datetime
+import errno
+import fcntl
+import grp
+import hashlib
+import io
+import os
+import pwd
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+VERSION = "1.0"
+CONF_FOLDERS = ("/etc/nut", "/etc/ups", "/usr/local/etc/nut")  # behind $NUT_CONFPATH
+NUT_USERS = ("nut", "upsd", "ups", "nutmon")  # the first that exists may read the keys
+THERE = "/etc/nut"          # where files are taken to go on the other box
+
+NO_END = datetime.datetime(9999, 12, 31, 23, 59, 59)  # RFC 5280 4.1.2.5: "has no end"
+WARN_DAYS = 30              # so long before its end a certificate is warned about, as in nutshim.py
+MAX_NAMES = 100             # TLS libraries refuse a handshake with more than some 100 KB
+MAX_DN = 64                 # RFC 5280 A.1: ub-common-name, ub-organization-name
+MAX_FILE = 4 << 20          # a bundle of all public CAs has 250 KB; a device has no end
+MAX_STEM = 100              # a host name may have 253 characters, a file name only 255
+RSA_BITS = (2048, 8192)     # fewer are unsafe; more take a router hours
+
+
+class Fault(Exception):
+    """Something that the user can set right; shown without a traceback, exit 1."""
+
+
+# --- names: whatever gets into a certificate, and so into an openssl configuration ---
+
+LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+DN_TEXT = re.compile(r"[\w .,'&()+:@!/-]*")
+
+
+class Name(NamedTuple):
+    """A host. kind: DNS or IP; text: in lower case, an address in its one form."""
+    kind: str
+    text: str
+
+
+def host_name(text: str) -> Name:
+    """One host name or address, from the command line; anything else goes no further."""
+    why = ""
+    if not text or len(text) > 253:
+        why = "a name has 1 to 253 characters"
+    elif any(ord(c) > 126 for c in text):
+        why = "give an international name in its ASCII form (xn--...)"
+    elif "*" in text:
+        why = "no certificate is made for a wildcard: name each host"
+    elif re.match("(DNS|IP):", text, re.I):
+        why = "give the bare name or address, without DNS: or IP:"
+    elif ":" in text or text.rsplit(".", 1)[-1].isdigit():  # whatever ends in a number is meant as IPv4
+        family = socket.AF_INET6 if ":" in text else socket.AF_INET
+        try:
+            return Name("IP", socket.inet_ntop(family, socket.inet_pton(family, text)))
+        except (OSError, ValueError):
+            why = "no valid IPv4 or IPv6 address (neither brackets nor %zone)"
+    elif not all(map(LABEL.fullmatch, text.split("."))):
+        why = "no host name (letters, digits, '-' and '_'; parts of 1 to 63, set apart by '.')"
+    if why:
+        raise argparse.ArgumentTypeError("%s: %s" % (ascii(text[:80]), why))
+    return Name("DNS", text.lower())
+
+
+def host_list(text: str) -> List[Name]:
+    return [host_name(word) for word in text.split(" ") if word] or [host_name("")]
+
+
+def upstream(text: str) -> str:
+    """HOST[:PORT] as nutshim.conf has it; an IPv6 address stands in brackets."""
+    match = re.fullmatch(r"(?:\[(?P<six>.*)\]|(?P<host>[^:\[]*))(?::(?P<port>[0-9]{1,5}))?", text)
+    name = host_name(match and (match.group("six") or match.group("host")) or text)
+    port = match and match.group("port") or ""
+    if port and not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError("%s: a port is 1 to 65535" % ascii(text))
+    return bracketed(name) + (":" + port if port else "")
+
+
+def bracketed(name: Name) -> str:
+    return "[%s]" % name.text if ":" in name.text else name.text
+
+
+def dn_text(text: str) -> str:
+    """For -O and -OU; nothing leaves it out."""
+    if not (DN_TEXT.fullmatch(text) and text.isprintable() and len(text) <= MAX_DN):
+        raise argparse.ArgumentTypeError("%s: expected up to %d letters, digits, blanks and .,'&()+:@!/-"
+                                         % (ascii(text[:80]), MAX_DN))
+    return text.strip()
+
+
+def country(text: str) -> str:
+    if not re.fullmatch("([A-Za-z]{2})?", text):
+        raise argparse.ArgumentTypeError("%s: expected a country's two letters" % ascii(text[:80]))
+    return text.upper()
+
+
+def own_names() -> List[Name]:
+    """This host's name, its full name if it has one, and loopback."""
+    names = []
+    with contextlib.suppress(OSError, LookupError, ValueError, argparse.ArgumentTypeError):
+        host = socket.gethostname()
+        names.append(host_name(host))
+        # As bytes: python3-light has no idna codec that would turn a str into them.
+        full = socket.getaddrinfo(host.encode("ascii"), None, 0, 0, 0, socket.AI_CANONNAME)[0][3]
+        if full.lower().startswith(host.lower() + "."):
+            names.append(host_name(full))
+    return names + [Name("DNS", "localhost"), Name("IP", "127.0.0.1"), Name("IP", "::1")]
+
+
+def unique(names: List[Name]) -> List[Name]:
+    names = list(dict.fromkeys(names))
+    if len(names) > MAX_NAMES:
+        raise Fault("%d names are too many: one certificate has room for %d" % (len(names), MAX_NAMES))
+    return names
+
+
+# --- files: PEM in; whole or not at all out ---
+
+PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s.*?-----END \1-----", re.S)
+
+
+class Pem(NamedTuple):
+    """What nutshim.py would find in a file."""
+    path: str
+    keys: List[bytes]
+    certs: List[bytes]
+    crls: List[bytes]
+
+
+def read_pem(path: str) -> Pem:
+    with blame(path), open(path, "rb") as file:
+        data = file.read(MAX_FILE + 1)
+    found: Dict[bytes, List[bytes]] = {b"KEY": [], b"CERTIFICATE": [], b"CRL": []}
+    for match in PEM.finditer(data):
+        if b"ENCRYPTED" in match.group(0):
+            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it off: "
+                        "openssl pkey -in %s -out NEWFILE" % (path, path))
+        found.get(match.group(1).split()[-1], []).append(match.group(0) + b"\n")
+    if len(data) > MAX_FILE or not any(found.values()) or data.count(b"-----BEGIN ") != data.count(b"-----END "):
+        raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an X509 CRL) and its "
+                    "END line; bring the whole file again" % path)
+    return Pem(path, *found.values())
+
+
+class Output(NamedTuple):
+    path: str
+    data: bytes
+    mode: int = 0o644
+    uid: int = -1
+    gid: int = -1
+
+
+def write_files(outputs: List[Output], replace: bool) -> None:
+    """Write all files whole, or none: each beside its place and for nobody else's eyes, then
+    moved there. Without `replace`, a file that came into being meanwhile is left alone."""
+    staged, placed = [], []
+    try:
+        for output in outputs:
+            path = "%s/.%s.tmp" % (os.path.dirname(output.path), os.urandom(8).hex())
+            with blame(output.path):
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                staged.append((path, output.path))
+                with open(fd, "wb") as file:
+                    file.write(output.data)
+                    file.flush()
+                    os.fchown(fd, output.uid, output.gid)
+                    os.fchmod(fd, output.mode)
+                    os.fsync(fd)
+        while staged:
+            path, place = staged[0]
+            with blame(place):
+                if not replace:
+                    os.link(path, place)  # fails if there is one
+                    placed.append(place)
+                    os.unlink(path)
+                else:
+                    os.replace(path, place)
+            staged.pop(0)
+    except BaseException:
+        for path in [path for path, _ in staged] + placed:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+    for folder in {os.path.dirname(output.path) for output in outputs}:
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def blame(path: str) -> Iterator[None]:
+    """An OSError inside becomes a Fault that names `path` and, where there is one, the way out."""
+    try:
+        yield
+    except OSError as error:
+        hint = {errno.EACCES: "; run this as root, or choose another folder", errno.EPERM: "; run this as root",
+                errno.EROFS: "; choose another folder", errno.ENOSPC: "; make room: nothing was changed",
+                errno.EEXIST: "; it came into being meanwhile and is left as it is"}.get(error.errno or 0, "")
+        raise Fault("%s: %s%s" % (path, error.strerror, hint))
+
+
+def may_write(paths: List[str], yes: bool) -> bool:
+    """Ask before files are replaced; whether write_files() is to replace any."""
+    for path in paths:
+        # Nor is a link followed or replaced: /dev/stdout is one.
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise Fault("%s: is no plain file; name one" % path)
+        if not os.path.isdir(os.path.dirname(path)):
+            raise Fault("%s: there is no such folder" % os.path.dirname(path))
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        raise Fault("%s: cannot be two files at once" % paths[0])
+    old = ", ".join(path for path in paths if os.path.lexists(path))
+    if old and not yes:
+        if not (sys.stdin and sys.stdin.isatty()):
+            raise Fault("%s: exists and is left as it is; -y replaces it" % old)
+        try:
+            answer = input("%s: exists. Replace? [y/N] " % old)
+        except EOFError:
+            answer = ""
+        if answer.strip().lower() not in ("y", "yes"):
+            raise Fault("nothing was changed")
+    return bool(old)
+
+
+def key_rights(owner: Optional[str]) -> Tuple[int, int, int]:
+    """Mode, uid and gid of a file with a key. owner: USER[:GROUP], else NUT's user if there is one."""
+    if owner and os.geteuid() != 0:
+        raise Fault("--owner %s: only root can give a file away; run this as root, or leave it out" % owner)
+    if not owner:
+        owner = next((user for user in NUT_USERS if find(pwd.getpwnam, user)), None)
+        if not owner or os.geteuid() != 0:
+            return 0o600, -1, -1
+    user, _, group = owner.partition(":")
+    account = find(pwd.getpwnam, user)
+    if not account or group and not find(grp.getgrnam, group):
+        raise Fault("--owner %s: there is no such %s" % (ascii(owner), "group" if account else "user"))
+    return 0o640, 0, grp.getgrnam(group).gr_gid if group else account.pw_gid
+
+
+def find(function, key):
+    """A look-up in the user or group database; None if it is not there."""
+    try:
+        return function(key)
+    except KeyError:
+        return None
+
+
+def rights(path: str) -> str:
+    """As in 0640 root:nut."""
+    info = os.stat(path)
+    user, group = find(pwd.getpwuid, info.st_uid), find(grp.getgrgid, info.st_gid)
+    return "%04o %s:%s" % (stat.S_IMODE(info.st_mode), user.pw_name if user else info.st_uid,
+                           group.gr_name if group else info.st_gid)
+
+
+def conf_folder() -> str:
+    folders = [folder for folder in (os.environ.get("NUT_CONFPATH"),) + CONF_FOLDERS if folder]
+    for folder in filter(os.path.isdir, folders):
+        return os.path.abspath(folder)
+    raise Fault("no NUT configuration folder found (%s): name a folder with -d" % ", ".join(folders))
+
+
+# --- the openssl command ---
+
+NOISE = ("Using configuration from", "Check that the request matches", "Signature ok", "The Subject's")
+DN_OPTIONS = "esc_ctrl,utf8,dump_nostr,dump_der,sname,"
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+# A public key's algorithm in DER.
+RSA = bytes.fromhex("06092a864886f70d010101")
+KEY_NAMES = {bytes.fromhex("06082a8648ce3d030107"): "EC P-256", bytes.fromhex("06052b81040022"): "EC P-384",
+             bytes.fromhex("06052b81040023"): "EC P-521", bytes.fromhex("06032b6570"): "Ed25519"}
+GENPKEY = {"ec": "EC -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve",
+           "ed25519": "ED25519", "rsa": "RSA -pkeyopt rsa_keygen_bits:%s"}
+CA_USE = "basicConstraints = critical,CA:TRUE,pathlen:0\nkeyUsage = critical,keyCertSign,cRLSign"
+LEAF_USE = ("basicConstraints = critical,CA:FALSE\nsubjectAltName = @names\nextendedKeyUsage = %sAuth\n"
+            "keyUsage = critical,digitalSignature")
+RSA_USE = ",keyEncipherment"  # without which NSS takes no RSA server
+CONFIG = """\
+[req]
+prompt = no
+utf8 = yes
+string_mask = utf8only
+distinguished_name = subject
+[subject]
+{subject}
+[ca]
+default_ca = here
+[here]
+database = index.txt
+serial = serial
+crlnumber = crlnumber
+new_certs_dir = .
+unique_subject = no
+default_md = default
+policy = any
+x509_extensions = extensions
+crl_extensions = crl
+[any]
+C = optional
+O = optional
+OU = optional
+CN = optional
+[crl]
+authorityKeyIdentifier = keyid:always
+[extensions]
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+{extensions}
+[names]
+{names}
+"""
+
+
+class Certificate(NamedTuple):
+    """What `openssl x509` says about one."""
+    pem: bytes
+    subject: str
+    issuer: str
+    start: datetime.datetime
+    end: datetime.datetime
+    names: List[str]    # DNS:host, IP:address, ...
+    uses: str           # extendedKeyUsage in OpenSSL's words
+    is_ca: bool
+    key: str            # EC P-256, RSA 2048, ...
+    pin: str
+
+
+class OpenSSL:
+    """The one way to the openssl command.
+
+    Its private folder holds a configuration of its own and certificates, never a private key:
+    that reaches openssl through standard input, and no argument holds one either.
+    """
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="mkNUTcert-")
+        self.configure()
+
+    def __enter__(self) -> "OpenSSL":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def file(self, name: str, data: bytes) -> str:
+        """Put a file into the folder, where openssl finds it by its bare name."""
+        path = os.path.join(self.folder, name)
+        with blame(path), open(path, "wb") as file:
+            file.write(data)
+        return name
+
+    def index(self) -> bytes:
+        """The CA's index as openssl has left it."""
+        with open(os.path.join(self.folder, "index.txt"), "rb") as file:
+            return file.read()
+
+    def configure(self, subject: str = "", extensions: str = "", names: str = "") -> None:
+        self.file("openssl.cnf", CONFIG.format(subject=subject, extensions=extensions, names=names).encode())
+
+    def run(self, *args: str, stdin: bytes = b"", slow: bool = False) -> Tuple[int, str, str]:
+        """Exit code, standard output, error text. `slow` shows a dot a second."""
+        data: Optional[bytes] = stdin
+        try:
+            process = subprocess.Popen(("openssl",) + args, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, cwd=self.folder,
+                                       env=dict(os.environ, OPENSSL_CONF="openssl.cnf"))
+        except FileNotFoundError:
+            raise Fault("the openssl command is missing: install the package openssl (on OpenWrt openssl-util)")
+        with process:
+            while True:
+                try:
+                    out, err = process.communicate(data, timeout=1 if slow else None)
+                    return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+                except subprocess.TimeoutExpired:
+                    data = None  # it is on its way already
+                    print(".", end="", file=sys.stderr, flush=True)
+
+    def __call__(self, *args: str, stdin: bytes = b"", slow: bool = False, expect: str = "") -> str:
+        """Standard output; a failure that does not say `expect` is a Fault in openssl's own words."""
+        code, out, err = self.run(*args, stdin=stdin, slow=slow)
+        if code != 0 and not (expect and expect in err):
+            lines = [line for line in err.splitlines() if line.strip() and not line.startswith(NOISE)]
+            raise Fault("openssl %s failed:\n  %s" % (args[0], "\n  ".join(lines) or "exit code %d" % code))
+        return out
+
+    def new_key(self, kind: str) -> bytes:
+        """kind: as --key-type has it, with the bits of rsa."""
+        name, _, bits = kind.partition(":")
+        if bits:
+            print("Making an RSA key of %s bits; on a small box this takes minutes " % bits, end="", file=sys.stderr,
+                  flush=True)
+        words = GENPKEY[name].replace("%s", bits).split()
+        key = self("genpkey", "-algorithm", *words, slow=bool(bits)).encode()
+        if bits:
+            print(" done", file=sys.stderr)
+        return key
+
+    def sign(self, role: str, subject: Dict[str, str], names: List[Name], key: bytes, serial: int,
+             start: datetime.datetime, end: datetime.datetime, ca_key: bytes, ca_cert: Optional[bytes],
+             index: bytes = b"") -> Tuple[bytes, bytes]:
+        """A certificate for `key`, and the CA's index with it in. No ca_cert: it is the CA's own."""
+        extensions = CA_USE
+        if role != "ca":
+            extensions = LEAF_USE % role + (RSA_USE if RSA in self.public(key)[:32] else "")
+        # Behind a backslash no sign has a meaning in the configuration.
+        self.configure("\n".join("%s = %s" % (field, re.sub(r"([^\w ]|_)", r"\\\1", value))
+                                 for field, value in subject.items() if value), extensions,
+                       "\n".join("%s.%d = %s" % (name.kind, i, name.text) for i, name in enumerate(names)))
+        digits = "%X" % serial
+        self.file("serial", ("0" * (len(digits) % 2) + digits + "\n").encode())
+        self.file("index.txt", index)
+        request = self.file("request.pem", self("req", "-new", "-key", "/dev/stdin", stdin=key).encode())
+        issuer = ("-cert", self.file("issuer.pem", ca_cert)) if ca_cert else ("-selfsign",)
+        out = self("ca", "-batch", "-notext", "-preserveDN", "-in", request, "-keyfile", "/dev/stdin",
+                   "-startdate", asn1_time(start), "-enddate", asn1_time(end), *issuer, stdin=ca_key)
+        return out.encode(), self.index()
+
+    def crl(self, ca_key: bytes, ca_cert: bytes, index: bytes, number: int) -> bytes:
+        """The CRL for an index. It has no end: an overdue one would lock every client out."""
+        self.file("index.txt", index)
+        self.file("crlnumber", b"%016X\n" % number)
+        return self("ca", "-batch", "-gencrl", "-keyfile", "/dev/stdin", "-cert", self.file("issuer.pem", ca_cert),
+                    "-crldays", str((NO_END - now()).days), stdin=ca_key).encode()
+
+    def verify(self, cert: bytes, trust: bytes, *options: str, chain: bytes = b"") -> Dict[int, str]:
+        """OpenSSL's error numbers and their texts; none if the certificate holds. Dates do not count."""
+        if chain:
+            options += ("-untrusted", self.file("chain.pem", chain))
+        code, out, err = self.run("verify", "-no_check_time", "-CAfile", self.file("trust.pem", trust), *options,
+                                  self.file("verified.pem", cert))
+        found = re.findall(r"error (\d+) at \d+ depth lookup: ?(.*)", out + err)
+        if code != 0 and not found:
+            raise Fault("openssl verify failed:\n  " + err.strip())
+        return {int(number): text for number, text in found}
+
+    def public(self, key: bytes) -> bytes:
+        """DER of the public half of a private key."""
+        return der(self("pkey", "-pubout", stdin=key))
+
+    def key_name(self, public: bytes) -> str:
+        if RSA in public[:32]:
+            modulus = self("rsa", "-pubin", "-inform", "DER", "-noout", "-modulus", stdin=public).strip()
+            return "RSA %d" % (4 * len(modulus.partition("=")[2]))
+        return next((name for oid, name in KEY_NAMES.items() if oid in public[:32]), "another kind")
+
+    def end_of(self, cert: bytes) -> datetime.datetime:
+        return moment(self("x509", "-noout", "-enddate", stdin=cert), "notAfter=")
+
+    def describe(self, cert: bytes) -> Certificate:
+        text = self("x509", "-noout", "-subject", "-issuer", "-startdate", "-enddate", "-pubkey", "-nameopt",
+                    DN_OPTIONS + "sep_comma_plus_space", "-ext", "subjectAltName,extendedKeyUsage,basicConstraints",
+                    stdin=cert)
+        fields: Dict[str, str] = {}  # "subject=..." as it stands, an extension under its title
+        title = ""
+        for line in text.splitlines():
+            if line.startswith("    "):
+                fields.setdefault(title, line.strip())
+            else:
+                title, _, value = line.partition("=")
+                title = title.partition(":")[0]
+                if value:
+                    fields.setdefault(title, value.strip())
+        names, uses, basic = [fields.get("X509v3 " + title, "") for title in (
+            "Subject Alternative Name", "Extended Key Usage", "Basic Constraints")]
+        public = der(text[text.index("-----BEGIN PUBLIC KEY"):])
+        return Certificate(cert, fields.get("subject", "no subject"), fields.get("issuer", "nobody"),
+                           moment(text, "notBefore="), moment(text, "notAfter="),
+                           [san(name) for name in names.split(", ") if name], uses, "CA:TRUE" in basic,
+                           self.key_name(public), pin_of(public))
+
+    def subject(self, cert: bytes) -> Dict[str, str]:
+        """A subject's fields, checked as if they had been typed."""
+        lines = self("x509", "-noout", "-subject", "-nameopt", DN_OPTIONS + "sep_multiline", stdin=cert).splitlines()
+        return {field: dn_text(value) for field, _, value in (line.strip().partition("=") for line in lines[1:])}
+
+
+def der(pem: str) -> bytes:
+    return base64.b64decode("".join(pem.split("-----")[2].split()))
+
+
+def pin_of(public: bytes) -> str:
+    """SHA-256 of a public key's DER, as curl writes it."""
+    return "sha256//" + base64.b64encode(hashlib.sha256(public).digest()).decode()
+
+
+def san(text: str) -> str:
+    """`IP Address:0:0:0:0:0:0:0:1` of openssl in the one form of addresses, IP:::1."""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if text.startswith("IP Address:"):
+            return "IP:" + host_name(text[11:]).text
+    return text
+
+
+def now() -> datetime.datetime:
+    # Not fromtimestamp(), which ends in 2038 where time_t has 32 bits. Naive, and UTC everywhere here.
+    return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
+
+
+def asn1_time(when: datetime.datetime) -> str:
+    """RFC 5280 4.1.2.5: two digits for the year up to 2049, then four."""
+    text = "%04d%02d%02d%02d%02d%02dZ" % when.timetuple()[:6]
+    return text[2:] if when.year < 2050 else text
+
+
+def moment(text: str, field: str) -> datetime.datetime:
+    """As in `notAfter=Dec 31 23:59:59 9999 GMT`, the same in every version and locale."""
+    match = re.search(field + r"(\w{3}) +(\d+) (\d+):(\d+):(\d+)[.\d]* (\d+) GMT", text)
+    with contextlib.suppress(TypeError, ValueError):  # no match; no such month or day
+        return datetime.datetime(int(match[6]), MONTHS.index(match[1]) + 1, *map(int, match.groups()[1:5]))
+    raise Fault("openssl cannot read the dates: %s" % ascii(text.strip()))
+
+
+def new_serial() -> int:
+    """127 bits, 126 of them by chance: positive, of one length, never the same twice."""
+    return 1 << 126 | int.from_bytes(os.urandom(16), "big") >> 2
+
+
+# --- the CA: a folder that one run at a time may use ---
+
+class CA:
+
+    def __init__(self, ossl: OpenSSL, opts: argparse.Namespace, create: bool = False) -> None:
+        self.ossl, self.folder = ossl, opts.d or os.path.join(conf_folder(), "nutshim")
+        private = self.path("private")
+        if not create and not os.path.exists(self.path("ca.pem")):
+            raise Fault("%s: there is no CA; make one: mkNUTcert.py ca -d %s" % (self.folder, self.folder))
+        for path in (self.folder, self.path("issued"), private):
+            if create and not os.path.isdir(path):
+                with blame(path):
+                    os.makedirs(path)
+                    os.chmod(path, 0o700 if path == private else 0o755)
+            with blame(path):
+                info = os.stat(path)
+            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                raise Fault("%s: is %s; a CA is safe only where nobody but you can write: %s" % (
+                    path, rights(path), "run this as the one it belongs to" if info.st_uid != os.geteuid() else
+                    "chmod go-w " + path))
+        with blame(private):
+            self.lock = os.open(self.path("private/lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        if not create:
+            self.cert = read_pem(self.path("ca.pem")).certs[0]
+            self.key = read_pem(self.path("private/ca-key.pem")).keys[0]
+
+    def __enter__(self) -> "CA":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.lock)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def record(self, name: str) -> bytes:
+        with blame(self.path(name)), open(self.path(name), "rb") as file:
+            return file.read()
+
+    def store(self, public: Dict[str, bytes], private: Dict[str, bytes]) -> None:
+        write_files([Output(self.path("private/" + name), data, 0o600) for name, data in private.items()] +
+                    [Output(self.path(name), data) for name, data in public.items()], replace=True)
+
+    def issue(self, role: str, subject: Dict[str, str], names: List[Name], key: bytes, start: datetime.datetime,
+              end: datetime.datetime) -> Tuple[bytes, datetime.datetime]:
+        """A certificate and its end, which is the CA's if that comes first."""
+        ca_end = self.ossl.end_of(self.cert)
+        if start >= ca_end:
+            raise Fault("%s: the CA ends on %s; make another one, in another folder: mkNUTcert.py ca -d DIR"
+                        % (self.path("ca.pem"), ca_end))
+        end = min(end, ca_end)
+        serial = new_serial()
+        cert, index = self.ossl.sign(role, subject, names, key, serial, start, end, self.key, self.cert,
+                                     self.record("private/index.txt"))
+        self.store({"issued/%s.%s.%X.pem" % (names[0].text[:MAX_STEM], role, serial): cert}, {"index.txt": index})
+        return cert, end
+
+    def issued(self, path: str) -> Pem:
+        """A file whose certificate is from this CA."""
+        pem = read_pem(path)
+        # The CA's own certificate is from this CA as well, and is never meant.
+        if not pem.certs or self.ossl.verify(pem.certs[0], self.cert, "-CApath", ".") \
+                or pem.certs[0].split() == self.cert.split():
+            raise Fault("%s: does not begin with a certificate from the CA in %s" % (path, self.folder))
+        return pem
+
+
+# --- what is made, and the messages about it ---
+
+def validity(opts: argparse.Namespace, length: Optional[datetime.timedelta] = None) -> Tuple[
+        datetime.datetime, datetime.datetime]:
+    """From and until; `length` holds where neither --days nor --notAfter was given."""
+    try:
+        start = now() + datetime.timedelta(seconds=opts.notBefore)
+        end = NO_END
+        if opts.days:
+            end = start + datetime.timedelta(days=opts.days)
+        elif opts.notAfter:
+            end = now() + datetime.timedelta(seconds=opts.notAfter)
+        elif opts.notAfter is None and length:
+            end = start + length
+    except OverflowError:
+        start = end = NO_END
+    if start.year < 1950 or end <= start:
+        raise Fault("no certificate can begin and end like that (from 1950 to 9999, and the end behind the "
+                    "beginning): check --notBefore, --notAfter, --days")
+    return start, end
+
+
+def subject_of(opts: argparse.Namespace, common_name: str) -> Dict[str, str]:
+    """A name too long for a CN stands among the SANs alone, where it counts anyway."""
+    return {"C": opts.countryName, "O": opts.organisationName, "OU": opts.organisationUnitName,
+            "CN": common_name if len(common_name) <= MAX_DN else ""}
+
+
+def ca_subject(opts: argparse.Namespace, host: Name) -> Dict[str, str]:
+    """Each CA has a name of its own, so that a client can trust several."""
+    return subject_of(opts, "NUT CA of %s %s" % (host.text[:40], os.urandom(4).hex()))
+
+
+def make_pair(ossl: OpenSSL, opts: argparse.Namespace) -> None:
+    """The default action: the server's file and the clients' file."""
+    own = own_names()
+    names = unique(opts.subjectAltName or own)
+    start, end = validity(opts)
+    folder = opts.d or ("" if opts.servercertfile and opts.clientcertfile else conf_folder())
+    base = os.path.join(folder, own[0].text[:MAX_STEM])
+    server = opts.servercertfile or base + ".cert.pem"
+    client = opts.clientcertfile or base + "-client.cert.pem"
+    owner = key_rights(opts.owner)
+    replace = may_write([server, client], opts.y)
+    ca_key, key = ossl.new_key(opts.key_type), ossl.new_key(opts.key_type)
+    ca_cert, _ = ossl.sign("ca", ca_subject(opts, names[0]), [], ca_key, new_serial(), start, end, ca_key, None)
+    cert, _ = ossl.sign("server", subject_of(opts, names[0].text), names, key, opts.serialNumber or new_serial(),
+                        start, end, ca_key, ca_cert)
+    write_files([Output(server, key + cert + ca_cert, *owner), Output(client, ca_cert)], replace)
+    say_made(names, end, opts.key_type, {server: "key, certificate, CA: stays on this box, secret",
+                                         client: "the CA's certificate: for the clients, no secret"})
+    say_shims(names[0], server, client, pin_of(ossl.public(key)))
+
+
+def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
+    start, end = validity(opts)
+    with CA(ossl, opts, create=True) as ca:
+        # Not even with -y: all that the CA there has issued would be worth nothing.
+        if os.path.exists(ca.path("ca.pem")):
+            raise Fault("%s: is a CA already and stays so; another one needs another folder: -d DIR" % ca.folder)
+        key = ossl.new_key(opts.key_type)
+        cert, _ = ossl.sign("ca", ca_subject(opts, own_names()[0]), [], key, new_serial(), start, end, key, None)
+        # ca.pem comes last: what is there without it is no CA yet.
+        ca.store({"crl.pem": ossl.crl(key, cert, b"", 1), "ca.pem": cert},
+                 {"index.txt": b"", "crlnumber": b"1", "ca-key.pem": key})
+        say_made([], end, opts.key_type, {
+            ca.path("ca.pem"): "the CA's certificate: `trust` on every box, no secret",
+            ca.path("crl.pem"): "what it has revoked, nothing yet: `crl` on the upsd box, no secret",
+            ca.path("private/ca-key.pem"): "the CA's key: stays here; who has it can pose as any box"})
+        print("\nNext:\n  mkNUTcert.py server{0}        a certificate for this box's upsd\n"
+              "  mkNUTcert.py client NAME{0}   one for a client, where the server shim demands it"
+              .format(" -d " + opts.d if opts.d else ""))
+
+
+def make_server(ossl: OpenSSL, opts: argparse.Namespace) -> None:
+    names = unique(opts.names or own_names())
+    start, end = validity(opts)
+    owner = key_rights(opts.owner)
+    with CA(ossl, opts) as ca:
+        path = opts.out or ca.path(names[0].text[:MAX_STEM] + ".server.pem")
+        replace = may_write([path], opts.y)
+        key = ossl.new_key(opts.key_type)
+        cert, end = ca.issue("server", subject_of(opts, names[0].text), names, key, start, end)
+        write_files([Output(path, key + cert + ca.cert, *owner)], replace)
+    say_made(names, end, opts.key_type, {path: "key, certificate, CA: for the upsd box, secret"})
+    say_shims(names[0], path, ca.path("ca.pem"), pin_of(ossl.public(key)))
+
+
+def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
+    name, outputs, made = opts.name, [], {}
+    start, end = validity(opts)
+    owner = key_rights(opts.owner)
+    with CA(ossl, opts) as ca:
+        file_name = name.text[:MAX_STEM] + ".client.pem"
+        path = opts.out or ("" if opts.bundle else ca.path(file_name))
+        replace = may_write(list(filter(None, (path, opts.bundle))), opts.y)
+        key = ossl.new_key(opts.key_type)
+        cert, end = ca.issue("client", subject_of(opts, name.text), [name], key, start, end)
+        pem = key + cert + ca.cert
+        if path:
+            outputs.append(Output(path, pem, *owner))
+            made[path] = "key, certificate, CA: for %s, secret" % name.text
+        if opts.bundle:
+            outputs.append(Output(opts.bundle, bundle(file_name, pem, ca.cert, opts.upstream), 0o600))
+            made[opts.bundle] = "the same with nutshim.conf: for %s, secret" % name.text
+        write_files(outputs, replace)
+    say_made([name], end, opts.key_type, made)
+    print("\nOn the upsd box, in nutshim.conf, in the server shim's section:\n  client_certificate = require\n"
+          "  trust = %s\n  crl = %s" % (ca.path("ca.pem"), ca.path("crl.pem")))
+    if opts.bundle:
+        tar = os.path.basename(opts.bundle)
+        print("\nCarry %s to %s, and there, as root:\n  tar -xpf %s -C %s && rm %s\n%s  nutshim.py -t" % (
+            opts.bundle, name.text, tar, THERE, tar, "" if opts.upstream else "  (set upstream in nutshim.conf)\n"))
+    else:
+        print("\nCarry %s to %s, and there, in nutshim.conf, in the client shim's section:\n  certificate = %s/%s"
+              % (path, name.text, THERE, os.path.basename(path)))
+
+
+def bundle(file_name: str, pem: bytes, ca_cert: bytes, server: Optional[str]) -> bytes:
+    """A tar with all that a client's box needs, to be unpacked where its NUT configuration is."""
+    conf = """\
+# nutshim.conf of a client's box. Its NUT configuration is taken to be in {there};
+# if it is elsewhere, change the paths of certificate and trust.
+[ups]
+role = client
+listen = localhost:3493
+{upstream}
+certificate = {there}/{file}
+trust = {there}/nutshim-ca.pem
+""".format(there=THERE, file=file_name, upstream="upstream = " + server if server else
+           "# Put the upsd box's name here, one that its certificate has:\nupstream = CHANGE-ME")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data, mode in (("nutshim.conf", conf.encode(), 0o640), (file_name, pem, 0o640),
+                                 ("nutshim-ca.pem", ca_cert, 0o644)):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.mtime = len(data), mode, int(time.time())
+            # tar looks the names up: root:nut where there is such a group, else root:root.
+            info.uname, info.gname = "root", NUT_USERS[0]
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
+    with CA(ossl, opts) as ca:
+        cert = ca.issued(opts.file).certs[0]
+        ossl.file("index.txt", ca.record("private/index.txt"))
+        # A run cut short may have left it in the index and not in the CRL; so once more is no error.
+        ossl("ca", "-batch", "-revoke", ossl.file("revoked.pem", cert), "-keyfile", "/dev/stdin", "-cert",
+             ossl.file("issuer.pem", ca.cert), stdin=ca.key, expect="Already revoked")
+        index = ossl.index()
+        number = int(ca.record("private/crlnumber")) + 1
+        ca.store({"crl.pem": ossl.crl(ca.key, ca.cert, index, number)},
+                 {"index.txt": index, "crlnumber": b"%d" % number})
+    print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\nNext, where it could be shown, in "
+          "nutshim.conf:\n  crl = %s\n(on the upsd box for a client's certificate, on the clients' for a server's) "
+          "and nutshim.py -c reload" % (opts.file, ca.path("crl.pem"), rights(ca.path("crl.pem")), ca.path("crl.pem")))
+
+
+def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
+    """The same names and purpose; the same key, or a new one."""
+    with CA(ossl, opts) as ca:
+        pem = ca.issued(opts.file)
+        old = ossl.describe(pem.certs[0])
+        if ossl.verify(old.pem, ca.cert, "-crl_check", "-CRLfile", ossl.file("crl.pem", ca.record("crl.pem"))):
+            raise Fault("%s: is revoked; make another one: mkNUTcert.py server or client" % opts.file)
+        if not opts.new_key and (not pem.keys or pin_of(ossl.public(pem.keys[0])) != old.pin):
+            raise Fault("%s: the certificate's key is not in it; --new-key makes one" % opts.file)
+        # Without --owner the file stays whose it was.
+        info = os.stat(opts.file)
+        owner = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid)
+        if opts.owner or not pem.keys:
+            owner = key_rights(opts.owner)
+        path = opts.out or os.path.abspath(opts.file)
+        replace = may_write([path], opts.y)
+        start, end = validity(opts, None if old.end == NO_END else old.end - old.start)
+        kind = opts.key_type or {"EC": "ec", "Ed25519": "ed25519"}.get(old.key.split()[0]) \
+            or key_type(old.key.lower().replace(" ", ":"))
+        key = ossl.new_key(kind) if opts.new_key else pem.keys[0]
+        try:
+            names = [host_name(name.partition(":")[2]) for name in old.names or [""]]
+            subject = ossl.subject(old.pem)
+        except argparse.ArgumentTypeError as error:
+            raise Fault("%s: its names cannot be used again: %s" % (opts.file, error))
+        role = "client" if ossl.verify(old.pem, ca.cert, "-purpose", "sslserver") else "server"
+        cert, end = ca.issue(role, subject, names, key, start, end)
+        write_files([Output(path, key + cert + ca.cert, *owner)], replace)
+    pin = pin_of(ossl.public(key))
+    say_made(names, end, kind, {path: "key, certificate, CA: secret"})
+    if not opts.new_key:
+        print("\nThe key is the same, and so is the pin:\n  pin = %s\nNext: nutshim.py -c reload" % pin)
+    else:
+        print("\nThe key is new. Who knows this box by its pin needs both until it is in use:\n  pin = %s, %s\n"
+              "Next: nutshim.py -c reload\nThe certificate of before holds until it ends. If its key got into wrong "
+              "hands, revoke it; a copy is in\n  %s" % (old.pin, pin, ca.path("issued")))
+
+
+def say_made(names: List[Name], end: datetime.datetime, kind: str, made: Dict[str, str]) -> None:
+    print("Made%s, %s:" % (" for " + " ".join(name.text for name in names) if names else "",
+                           "without an end" if end == NO_END else "valid until %s UTC" % end))
+    for path, what in made.items():
+        print("  %s  %s  %s" % (path, rights(path), what))
+    if kind == "ed25519":
+        print("Note: nutshim takes Ed25519; NUT's own TLS does not where it is built with NSS, as Debian's is.")
+
+
+def say_shims(name: Name, server: str, trust: str, pin: str) -> None:
+    print("""
+On the upsd box, in nutshim.conf:
+  [upsd]
+  role = server
+  certificate = {server}
+then nutshim.py -t, and start it, or nutshim.py -c reload.
+
+On each client's box, with {trust} copied to {there}, in nutshim.conf:
+  [ups]
+  role = client
+  upstream = {host}
+  trust = {there}/{file}
+or, without a file, by the server's key alone:
+  [ups]
+  role = client
+  upstream = {host}
+  verify = pin
+  pin = {pin}""".format(server=server, trust=trust, there=THERE, host=bracketed(name),
+                        file=os.path.basename(trust), pin=pin))
+
+
+# --- show: a file in words ---
+
+def show(ossl: OpenSSL, opts: argparse.Namespace) -> int:
+    code = 0
+    for path in opts.files:
+        try:
+            show_file(ossl, read_pem(path))
+        except Fault as fault:
+            print("mkNUTcert.py: %s" % fault, file=sys.stderr)
+            code = 1
+    return code
+
+
+def show_file(ossl: OpenSSL, pem: Pem) -> None:
+    print("%s: %s" % (pem.path, rights(pem.path)))
+    certs = [ossl.describe(cert) for cert in pem.certs]
+    for key in pem.keys:
+        public = ossl.public(key)
+        pin = pin_of(public)
+        of = ["of certificate %d" % i for i, cert in enumerate(certs, 1) if cert.pin == pin]
+        print("  private key, %s, %s\n    pin:     %s" % (
+            ossl.key_name(public), of[0] if of else "of no certificate in this file", pin))
+    for i, cert in enumerate(certs, 1):
+        print("  certificate %d, %s\n    subject: %s\n    names:   %s\n    issuer:  %s\n    from:    %s UTC\n"
+              "    until:   %s\n    key:     %s\n    pin:     %s" % (
+                  i, "of a CA" if cert.is_ca else "for " + (cert.uses or "any use"), cert.subject,
+                  ", ".join(cert.names) or "none", "itself" if cert.issuer == cert.subject else cert.issuer,
+                  cert.start, until(cert), cert.key, cert.pin))
+    for crl in pem.crls:
+        lines = ossl("crl", "-noout", "-issuer", "-lastupdate", "-nextupdate", "-nameopt",
+                     DN_OPTIONS + "sep_comma_plus_space", stdin=crl).splitlines()
+        print("  certificate revocation list\n    " + "\n    ".join(lines[:3]))
+
+
+def until(cert: Certificate) -> str:
+    left = cert.end - now()
+    if cert.end == NO_END:
+        return "no end"
+    if left.total_seconds() < 0:
+        return "%s UTC, EXPIRED %d days ago" % (cert.end, -left.days - 1)
+    return "%s UTC, %d days left" % (cert.end, left.days)
+
+
+# --- check: every fault with its cure ---
+
+Faults = Iterator[Tuple[str, str]]  # what is wrong, what to do
+
+NEEDS_CA = "name the file of the CA that issued it: --trust FILE"
+CURES = {  # by OpenSSL's X509_V_ERR_ numbers
+    2: NEEDS_CA, 19: NEEDS_CA, 20: NEEDS_CA, 21: NEEDS_CA,
+    18: "make one with a CA: mkNUTcert.py; or name it itself: --trust FILE",
+    26: "it was made for another use; make one: mkNUTcert.py server or client",
+}
+
+
+def check(ossl: OpenSSL, opts: argparse.Namespace) -> int:
+    found = 0
+    for title, role, paths in ([("", "", opts.files)] if opts.files else []) + (read_conf(opts.f) if opts.f else []):
+        if title:
+            print("[%s]" % title)
+        found += check_group(ossl, opts, paths, role)
+    print("%d fault%s" % (found, "s" if found > 1 else "") if found else "all good")
+    return 1 if found else 0
+
+
+def read_conf(conf: str) -> List[Tuple[str, str, List[str]]]:
+    """Each section of nutshim.conf with its role and the files that it names. No more is read:
+    whether the rest is right, `nutshim.py -t` knows."""
+    with blame(conf), open(conf, encoding="utf-8", errors="replace") as file:
+        lines = [re.split(r"(?:^|\s)[#;]", line)[0].strip() for line in file]
+    sections: List[Tuple[str, Dict[str, str]]] = []
+    for line in lines:
+        name, equals, value = line.partition("=")
+        if line.startswith("["):
+            sections.append((line.strip("[]"), {}))
+        elif equals and sections:
+            sections[-1][1][name.strip()] = value.strip()
+    found = []
+    for title, values in sections:
+        paths = []
+        for option in ("certificate", "key", "trust", "crl"):
+            for word in values.get(option, "").split(","):
+                path = os.path.join(os.path.dirname(conf), word.strip())
+                if os.path.isdir(path) and word.strip():
+                    paths += sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+                elif word.strip() not in ("", "system"):
+                    paths.append(path)
+        if paths:
+            found.append((title, values.get("role", ""), list(dict.fromkeys(paths))))
+    if not found:
+        raise Fault("%s: names no certificate, key, trust or crl" % conf)
+    return found
+
+
+def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role: str) -> int:
+    """The number of faults in files that belong together: keys find their certificates, and
+    certificates their CA, among them, in --trust, in the CA's folder and in the system's store."""
+    files = []
+    found: List[Tuple[str, str, str]] = []
+    for path in paths:
+        try:
+            pem = read_pem(path)
+            files.append((pem, [ossl.describe(cert) for cert in pem.certs]))
+        except Fault as fault:
+            what, _, cure = str(fault).partition("; ")
+            found.append((path, what.replace(path + ": ", ""), cure or "name the right file, or make it again"))
+    known = [cert for _, certs in files for cert in certs]
+    known += [ossl.describe(cert) for path in opts.trust for cert in read_pem(path).certs]
+    crls = [crl for pem, _ in files for crl in pem.crls]
+    with contextlib.suppress(Fault):
+        folder = opts.d or os.path.join(conf_folder(), "nutshim")
+        known += map(ossl.describe, read_pem(os.path.join(folder, "ca.pem")).certs)
+        crls += read_pem(os.path.join(folder, "crl.pem")).crls
+    trust = b"".join(cert.pem for cert in known if cert.is_ca or cert.issuer == cert.subject)
+    for pem, certs in files:
+        faults = []
+        of_ca = False
+        for key in pem.keys:
+            pin = pin_of(ossl.public(key))
+            of_ca = any(cert.is_ca and cert.pin == pin for cert in known)
+            if pin not in [cert.pin for cert in certs[:1] or known]:
+                faults.append(("the key is not that of the " + ("first certificate" if certs else "certificates here"),
+                               "bring the two that were made together, own certificate first"))
+        faults += check_rights(pem, of_ca)
+        for cert in certs:
+            faults += check_dates(pem.path, cert)
+        if certs and not certs[0].is_ca:
+            faults += check_chain(ossl, opts, certs, trust, b"".join(crls), role if pem.keys else "")
+        for crl in pem.crls:
+            faults += check_crl(ossl, crl, trust)
+        for cert in certs:
+            if cert.is_ca and cert.issuer == cert.subject:
+                faults += [("%s: %s" % (cert.subject, text), "make a CA that keeps to RFC 5280: mkNUTcert.py ca")
+                           for text in ossl.verify(cert.pem, cert.pem, "-x509_strict").values()]
+        found += [(pem.path,) + fault for fault in faults]
+        if not faults:
+            print("%s: good%s" % (pem.path, "".join(", but " + until(cert) for cert in certs
+                                                    if (cert.end - now()).days < WARN_DAYS)))
+    for path, what, cure in found:
+        print("%s: %s\n    cure: %s" % (path, what, cure))
+    return len(found)
+
+
+def check_rights(pem: Pem, of_ca: bool) -> Faults:
+    """of_ca: it has a CA's key, which is for its owner alone."""
+    info, path = os.stat(pem.path), pem.path
+    user = next(filter(None, (find(pwd.getpwnam, name) for name in NUT_USERS)), None)
+    if info.st_uid not in (0, os.geteuid(), user.pw_uid if user else 0):
+        yield "belongs to another user: " + rights(path), "chown root " + path
+    if info.st_mode & 0o022:
+        yield "others can change it: " + rights(path), "chmod go-w " + path
+    if pem.keys and info.st_mode & 0o004:
+        yield "everybody can read the key: " + rights(path), "chmod o= " + path
+    elif of_ca and info.st_mode & 0o077:
+        yield "not only its owner can read the CA's key: " + rights(path), "chmod 600 " + path
+    elif user and not of_ca and info.st_uid == 0 and not info.st_mode & 0o004 and not (
+            info.st_mode & 0o040 and info.st_gid == user.pw_gid):
+        yield ("NUT's user %s cannot read it, so a reload would fail: %s" % (user.pw_name, rights(path)),
+               "chgrp %d %s && chmod g+r %s" % (user.pw_gid, path, path))
+
+
+def check_dates(path: str, cert: Certificate) -> Faults:
+    if cert.end < now():
+        yield "%s: expired on %s UTC" % (cert.subject, cert.end), "mkNUTcert.py renew %s, or make it again" % path
+    if cert.start > now():
+        yield "%s: not valid before %s UTC" % (cert.subject, cert.start), "set this box's clock, or wait"
+
+
+def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate], trust: bytes, crls: bytes,
+                role: str) -> Faults:
+    own = certs[0]
+    chain = b"".join(cert.pem for cert in certs[1:])
+    errors = {use: ossl.verify(own.pem, trust, "-x509_strict", "-purpose", "ssl" + use, chain=chain)
+              for use in ("server", "client")}
+    if role in errors and errors[role] or all(errors.values()):
+        for number, text in errors.get(role, errors["server"]).items():
+            yield ("%s: %s" % (own.subject, text),
+                   CURES.get(number, "make a certificate that keeps to RFC 5280: mkNUTcert.py"))
+    if crls and 23 in ossl.verify(own.pem, trust, "-crl_check", "-CRLfile", ossl.file("crls.pem", crls), chain=chain):
+        yield "%s: is revoked" % own.subject, "make another one: mkNUTcert.py server or client"
+    for host in opts.hosts if not errors["server"] or all(errors.values()) else ():  # not for a client's certificate
+        option = "-verify_hostname" if host.kind == "DNS" else "-verify_ip"
+        if ossl.verify(own.pem, own.pem, "-partial_chain", option, host.text):
+            yield ("%s: is for %s, not for %s" % (own.subject, ", ".join(own.names) or "no name", host.text),
+                   "on the clients set server_name to one of its names, or make one with %s in it" % host.text)
+
+
+def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
+    code, out, err = ossl.run("crl", "-noout", "-nextupdate", "-CAfile", ossl.file("trust.pem", trust), stdin=crl)
+    if code != 0 or "verify OK" not in err:
+        yield "this CRL is not from a CA that is known here", NEEDS_CA
+    elif "NONE" not in out and moment(out, "nextUpdate=") < now():
+        yield "this CRL is out of date, which shuts out everybody", "get a new one from its CA"
+
+
+# --- the command line ---
+
+def key_type(text: str) -> str:
+    match = re.fullmatch("ec|ed25519|rsa(:[0-9]{1,5})?", text)
+    if not match or match.group(1) and not RSA_BITS[0] <= int(match.group(1)[1:]) <= RSA_BITS[1]:
+        raise argparse.ArgumentTypeError("%s: expected ec, ed25519, rsa or rsa:BITS with %d to %d bits"
+                                         % ((ascii(text[:80]),) + RSA_BITS))
+    return "rsa:3072" if text == "rsa" else text
+
+
+def whole(low: int, high: int):
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,60}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError("%s: expected a number from %d to %d" % (ascii(text[:80]), low, high))
+        return int(text)
+    return parse
+
+
+COMMANDS = {
+    "ca": (make_ca, "make a CA that stays, in a folder of its own"),
+    "server": (make_server, "make a certificate from it for a upsd box"),
+    "client": (make_client, "make a certificate from it for a client, for mutual TLS"),
+    "renew": (renew, "make a certificate anew: the same names, a new date"),
+    "revoke": (revoke, "put a certificate on the CA's revocation list"),
+    "show": (show, "say what is in PEM files"),
+    "check": (check, "say what is wrong with PEM files, and how to cure it"),
+}
+
+
+def parser_for(command: str) -> argparse.ArgumentParser:
+    """Each command has a parser of its own; "" is the default action with the older tool's options."""
+    parser = argparse.ArgumentParser(
+        prog=("mkNUTcert.py " + command).strip(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=COMMANDS[command][1] if command else "Make a server's certificate for NUT over TLS, and the file "
+        "by which its clients know it.", epilog=None if command else "commands, each with its own -h:\n" + "\n".join(
+            "  %-8s %s" % (name, text) for name, (_, text) in COMMANDS.items()))
+    add = parser.add_argument
+    add("-v", "--version", action="version", version="mkNUTcert.py " + VERSION)
+    if command != "show":
+        add("-d", metavar="DIR", help="the CA's folder (default: nutshim in NUT's configuration folder)" if command
+            else "folder for the two files (default: NUT's configuration folder)")
+    if command in ("show", "check"):
+        add("files", metavar="FILE", nargs="+" if command == "show" else "*")
+    if command == "check":
+        add("-f", metavar="CONF", help="check the files that this nutshim.conf names")
+        add("--for", metavar="HOST", dest="hosts", type=host_name, action="append", default=[],
+            help="must hold for this name or address (repeat for more)")
+        add("--trust", metavar="FILE", action="append", default=[], help="CA to trust (repeat for more)")
+    if command in ("revoke", "renew"):
+        add("file", metavar="FILE", help="PEM file with the certificate, or its copy in issued/")
+    if command == "server":
+        add("names", metavar="NAME", nargs="*", type=host_name,
+            help="host names and addresses (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
+    if command == "client":
+        add("name", metavar="NAME", type=host_name, help="the client's host name")
+        add("--bundle", metavar="FILE.tar", help="one file to carry there: certificate, CA, nutshim.conf")
+        add("--upstream", metavar="HOST[:PORT]", type=upstream, help="the server shim, for that nutshim.conf")
+    if command in ("server", "client", "renew"):
+        add("-o", "--out", metavar="FILE", help="file to write (default: %s)" % (
+            "the same file" if command == "renew" else "NAME.%s.pem in the CA's folder" % command))
+    if command in ("", "ca", "server", "client", "renew"):
+        add("-y", action="store_true", help="replace files that exist, without a question")
+        if command == "renew":
+            add("--new-key", action="store_true", help="with a new key")
+        add("--key-type", metavar="TYPE", type=key_type, default=None if command == "renew" else "ec",
+            help="ec (P-256), rsa, rsa:BITS, ed25519 (default: %s)" % ("as before" if command == "renew" else "ec"))
+        add("--notBefore", metavar="SECONDS", type=whole(-10 ** 12, 10 ** 12), default=0, help="begin, from now (0)")
+        end = parser.add_mutually_exclusive_group()
+        end.add_argument("--notAfter", metavar="SECONDS", type=whole(-10 ** 12, 10 ** 12),
+                         help="end, from now; 0: without an end, 99991231235959Z (default: %s)"
+                         % ("as long as before" if command == "renew" else "0"))
+        end.add_argument("--days", metavar="N", type=whole(1, 10 ** 7), help="end, in days from the beginning")
+    if command in ("", "server", "client", "renew"):
+        add("--owner", metavar="USER[:GROUP]", help="whose group may read the key (default: NUT's user's)")
+    if command in ("", "ca", "server", "client"):
+        add("-C", "--countryName", metavar="XX", type=country, default="FR", help="country (default: FR)")
+        add("-O", "--organisationName", metavar="TEXT", type=dn_text, default="Network UPS Tools",
+            help="organisation (default: Network UPS Tools)")
+        add("-OU", "--organisationUnitName", metavar="TEXT", type=dn_text, default="", help="its unit (default: none)")
+    if command == "":
+        add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list, help="host names and addresses, set "
+            "apart by blanks (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
+        add("--serialNumber", metavar="INT", type=whole(1, 2 ** 159 - 1), help="(default: by chance)")
+        add("-s", "--servercertfile", metavar="FILE", help="the server's file (default: HOSTNAME.cert.pem)")
+        add("-c", "--clientcertfile", metavar="FILE", help="the clients' file (default: HOSTNAME-client.cert.pem)")
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path need not fit the terminal
+    parser = parser_for(command)
+    try:
+        opts = parser.parse_intermixed_args(argv[1:] if command else argv)
+        for name in ("d", "out", "bundle", "servercertfile", "clientcertfile"):
+            if getattr(opts, name, None):  # whoever reads the messages may be elsewhere
+                setattr(opts, name, os.path.abspath(getattr(opts, name)))
+        if command == "check" and not opts.files and not opts.f:
+            parser.error("expected FILE or -f nutshim.conf")
+        if command == "client" and opts.upstream and not opts.bundle:
+            parser.error("--upstream is for --bundle")
+        if command == "renew" and opts.key_type and not opts.new_key:
+            parser.error("--key-type is for --new-key")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        with OpenSSL() as ossl:
+            return (COMMANDS[command][0] if command else make_pair)(ossl, opts) or 0
+    except (Fault, OSError) as fault:
+        print("mkNUTcert.py: %s" % fault, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("mkNUTcert.py: stopped", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
