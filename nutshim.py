@@ -935,11 +935,14 @@ class Log:
         if self.fd > 2:
             os.close(self.fd)
         self.fd, self._syslog, self._second = fd, target == "syslog", None
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
+        self._poll = None                   # A plain file takes all at once.
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            self._poll = select.poll()
+            self._poll.register(fd, select.POLLOUT)
 
     def __call__(self, level: int, text: str):
-        self.lines += [(level, line) for line in text.split("\n")]
+        for line in text.split("\n"):
+            self.lines.append((level, line))
         if not self.hold:
             self.flush()
 
@@ -968,7 +971,7 @@ class Log:
                 data = "".join([self._stamp + _LEVELS[level] + text + "\n" for level, text in lines]).encode("utf-8", "replace")
                 while data:
                     cut = data.rfind(b"\n", 0, 4096) + 1 or 4096
-                    if not self._poll.poll(0):      # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
+                    if self._poll and not self._poll.poll(0):   # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
                         raise BlockingIOError
                     os.write(self.fd, data[:cut])
                     data = data[cut:]
@@ -1177,6 +1180,7 @@ class Side:
         """Idempotent; with TLS a close_notify goes first. A busy socket is closed when its thread is done."""
         self.want(0)
         self.closed = True
+        self.session = self.on_read = self.on_write = None      # No cycle, so a session's memory is free at once.
         if self.sock and not self.busy:
             if self.peer:
                 self.say_goodbye()
