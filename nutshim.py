@@ -33,11 +33,13 @@ from __future__ import annotations
 import argparse
 import binascii
 import collections
+import datetime
 import enum
 import errno
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import pwd
 import queue
@@ -688,7 +690,6 @@ def _der(data):
 
 def _der_time(tag, content):
     """UTCTime or GeneralizedTime in seconds since 1970 (RFC 5280 4.1.2.5)."""
-    import datetime                                     # A slow import, for certificates alone.
     text = content.decode("ascii", "replace")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
@@ -1797,9 +1798,14 @@ class Loop:
             if session:
                 session.close(Reason.RESOURCES)
         else:
-            import traceback                    # Only a bug needs it.
-            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self.log(ERROR, "internal error, please report it:\n" + text.rstrip())
+            # Made by hand, since the module traceback may be out of reach: no descriptors, a chroot.
+            self.log(ERROR, "internal error, please report it:\nTraceback (most recent call last):")
+            trace = error.__traceback__
+            while trace:
+                code = trace.tb_frame.f_code
+                self.log(ERROR, "  %s:%d, in %s" % (code.co_filename, trace.tb_lineno, code.co_name))
+                trace = trace.tb_next
+            self.log(ERROR, "%s: %s" % (type(error).__name__, error))
             if session:
                 session.close(Reason.BUG)
 
@@ -1976,7 +1982,6 @@ def control(word, conf, form):
     """-c: reload, stop or status; the exit status."""
     status, text = ask_daemon(conf, word)
     if status == 0 and word == "status":
-        import json
         text = {"json": lambda data: json.dumps(data, indent=1), "prometheus": status_prometheus,
                 None: status_table}[form](json.loads(text))
     print(text, file=sys.stderr if status else sys.stdout)
@@ -2250,7 +2255,7 @@ class Daemon:
             if account and self.log.fd > 2:
                 os.fchown(self.log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
-                import datetime, ipaddress, json, traceback     # noqa: E401,F401  Out of reach afterwards.
+                import ipaddress                # noqa: F401  Out of reach afterwards.
                 "".encode("utf-16-be")
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
@@ -2335,8 +2340,7 @@ class Daemon:
 
     def _request(self, word):
         if word == "status":
-            import json
-            return "OK\n" + json.dumps(status_data(self))
+                return "OK\n" + json.dumps(status_data(self))
         if word == "reload":
             fault = self.reload()
             return "ERR\n" + fault if fault else "OK\nreloaded"
@@ -2365,7 +2369,7 @@ class Daemon:
                 setattr(conf, option, getattr(old, option))
             log = self._open_log(conf)
             self._apply(conf, credentials, warnings)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             if log and log[1] > 2:
                 os.close(log[1])
             text = str(error) + ("\n(looked for inside the chroot %s)" % old.chroot if old.chroot else "")

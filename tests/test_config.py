@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""nutshim.conf and the command line: what is taken, what is refused and in which words, and that the
+sample, README and -h say what the options table says.
+
+Most tests call main() itself; those about exit codes and about where files are found run the program.
+"""
+
+import os
+import re
+import shutil
+import sys
+
+import pytest
+from certs import openssl
+from harness import IS_ROOT, NUTSHIM, ROOT, clean_env, run, run_shim, write
+
+sys.path.insert(0, ROOT)
+# pylint: disable=wrong-import-position
+import nutshim  # noqa: E402
+from nutshim import OPTIONS, read_config  # noqa: E402
+
+PIN = "sha256//" + "A" * 43 + "="
+PLACES = {"global": ("",), "shim": ("server", "client"), "server": ("server",), "client": ("client",)}
+
+# option: values that are good, and values that are bad with words of the message.
+VALUES = {
+    "user": (["root"], [("no-such-user", "user 'no-such-user'")]),
+    "chroot": (["/"], [("/no/such/folder", "is no directory")]),
+    "pidfile": (["/run/x.pid", "x.pid"], []),
+    "log": (["syslog", "stderr", "/tmp/log", "log.txt"], []),
+    "handshake_threads": (["1", "64"], [("0", "from 1 to 64"), ("65", "from 1 to 64"), ("two", "whole number"),
+                                        ("-1", "whole number"), ("1.5", "whole number"), ("\u0662", "whole number"),
+                                        ("\u00b2", "whole number")]),
+    "max_sessions": (["1", "100000"], [("0", "whole number"), ("many", "whole number")]),
+    "role": ([], [("proxy", "server"), ("Server", "client")]),
+    "listen": (["*", "*:1401", "127.0.0.1", "[::1]:401", "::1", "localhost:0", "[fe80::1%lo]:401", "a.lan, b.lan:402,::"],
+               [("", "="), ("host:65536", "HOST[:PORT]"), ("host:x", "HOST[:PORT]"), ("a b", "HOST[:PORT]"), ("[::1", "HOST[:PORT]"),
+                ("a,,b", "HOST[:PORT]"), ("a,", "HOST[:PORT]"), ("b\u00fccher.lan", "xn--"), ("1::2::3", "HOST[:PORT]"),
+                ("[a.lan]:401", "HOST[:PORT]")]),
+    "upstream": (["127.0.0.1", "ups.lan:3493", "[2001:db8::1]:401, ups.lan"], [("*", "host"), ("x:", "HOST[:PORT]"),
+                                                                             ("x:99999", "HOST[:PORT]")]),
+    "certificate": (["{server}"], [("no.pem", "No such file"), ("{empty}", "certificate"), ("{crl}", "certificate")]),
+    "key": (["{key}"], [("no.key", "No such file"), ("{cert}", "private key"), ("{other_key}", "does not belong"),
+                        ("{locked}", "encrypted")]),
+    "trust": (["{ca}", "{folder}", "{both}"], [("no.pem", "No such file"), ("{empty}", "certificate"), ("{empty_folder}", "certificate"),
+                                              ("{broken}", "cannot be read")]),
+    "verify": (["full", "chain"], [("yes", "full"), ("FULL", "none")]),
+    "server_name": (["ups.lan", "192.0.2.1", "::1"], []),
+    "pin": ([PIN, PIN + ", " + PIN], [("sha256//AAAA", "BASE64"), (PIN[8:], "sha256//"), (PIN + ",", "sha256//"),
+                                      ("sha256//" + "*" * 44, "BASE64")]),
+    "crl": (["{crl}", "{crl}, {crl}"], [("no.crl", "No such file"), ("{ca}", "X509 CRL")]),
+    "client_certificate": (["request", "require"], [("yes", "request"), ("on", "none")]),
+    "permit": (["*: read", "CN=a b.lan: monitor, DNS:x: primary, IP:::1: admin, URI:urn:x: read, email:a@b: read, %s: read" % PIN],
+               [("*", "IDENTITY"), ("*: write", "monitor"), ("x: read", "CN="), ("DNS:: read", "DNS:"),
+                ("sha256//x: read", "sha256//"), ("*: read,", "IDENTITY")]),
+    "allow_from": (["127.0.0.1, 192.0.2.0/24, 2001:db8::/32"], [("192.0.2.1/24", "ADDRESS/BITS"), ("lan", "ADDRESS/BITS"),
+                                                               ("1.2.3.4/33", "ADDRESS/BITS")]),
+    "plaintext": (["refuse", "localhost"], [("yes", "refuse"), ("any", "localhost")]),
+    "min_tls": (["1.3", "1.2"], [("1.1", "1.2"), ("TLSv1.3", "1.3")]),
+    "max_sessions_per_address": (["1", "64"], [("0", "whole number"), ("", "=")]),
+    "handshake_timeout": (["1", "3600"], [("0", "from 1"), ("10s", "whole number")]),
+    "idle_timeout": (["1", "86400"], [("0", "from 1"), ("never", "whole number")]),
+    "reuse": (["0", "3600"], [("-1", "from 0"), ("3601", "3600")]),
+}
+
+
+@pytest.fixture(name="files", scope="module")
+def _files(pki, tmp_path_factory):
+    """Good and bad files for the values above."""
+    base = tmp_path_factory.mktemp("files")
+    for name in ("folder", "empty_folder"):
+        (base / name).mkdir()
+    shutil.copy(pki.ca.cert, str(base / "folder"))
+    with open(pki.ca.cert, encoding="ascii") as one, open(pki.other_ca.cert, encoding="ascii") as two:
+        both, broken = one.read() + two.read(), two.name
+    with open(broken, encoding="ascii") as file:
+        lines = file.read().splitlines(True)
+    locked = str(base / "locked")
+    openssl("pkey", "-in", pki.server.key, "-aes256", "-passout", "pass:secret", "-out", locked)
+    return {"server": pki.server.file, "key": pki.server.key, "cert": pki.server.cert, "ca": pki.ca.cert, "crl": pki.crl,
+            "other_key": pki.client.key, "locked": locked, "folder": str(base / "folder"), "both": write(str(base / "both"), both),
+            "empty": write(str(base / "empty"), ""), "empty_folder": str(base / "empty_folder"),
+            "broken": write(str(base / "broken"), "".join(lines[:3] + lines[-1:]))}
+
+
+@pytest.fixture(name="check")
+def _check(tmp_path, capsys):
+    """check(text): what `nutshim.py -t` makes of a configuration: (status, stdout, stderr with FILE for its path)."""
+    def call(text):
+        path = write(str(tmp_path / "nutshim.conf"), text)
+        status = nutshim.main(["-t", "-f", path])
+        out, err = capsys.readouterr()
+        return status, out, err.replace(path, "FILE")
+    return call
+
+
+def base(files, role, option=None, value=None):
+    """A good configuration with one option more: (text, the option's line number)."""
+    top, server, client = {}, {"role": "server", "certificate": files["server"]}, {
+        "role": "client", "upstream": "ups.lan", "trust": files["ca"]}
+    place = {"": top, "server": server, "client": client}[role]
+    if option:
+        if role == "server" and (option in ("trust", "crl", "pin", "permit") or value in ("request", "require")):
+            place.update(client_certificate="require", trust=files["ca"])
+        if option == "key":
+            place["certificate"] = files["cert"]
+            if role == "client":
+                place["certificate"] = files["server"] if value == "no" else files["cert"]
+        place.pop(option, None)
+        place[option] = value                       # the last line of its section
+    lines = ["%s = %s" % item for item in top.items()]
+    lines += ["[s]"] + ["%s = %s" % item for item in server.items()]
+    lines += ["[c]"] + ["%s = %s" % item for item in client.items()]
+    number = lines.index("%s = %s" % (option, value)) + 1 if option else 0
+    return "\n".join(lines) + "\n", number
+
+
+def faults(text):
+    """The lines about faults, as {line number: text}."""
+    found = [re.match(r"FILE:(\d+): (.*)", line) for line in text.splitlines()]
+    assert all(found), text
+    return {int(match.group(1)): match.group(2) for match in found}
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+def test_the_values_above_cover_the_options_table():
+    """Every option has its cases in this file."""
+    assert set(VALUES) == {option.name for option in OPTIONS}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_good_values_are_taken(option, files, check):
+    """Every option takes each good value wherever it belongs."""
+    for role in PLACES[option.where]:
+        for value in VALUES[option.name][0]:
+            text, _ = base(files, role, option.name, value.format(**files))
+            status, out, err = check(text)
+            assert (status, err) == (0, ""), text
+            assert "no fault found" in out
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_bad_values_are_refused_with_file_and_line(option, files, check):
+    """Every bad value is one fault: FILE:LINE, the option, and what was expected."""
+    for role in PLACES[option.where]:
+        for value, words in VALUES[option.name][1]:
+            text, number = base(files, role, option.name, value.format(**files))
+            status, out, err = check(text)
+            assert (status, out) == (1, ""), text
+            assert list(faults(err)) == [number] and err.count("\n") == 1, err
+            assert words.lower() in err.lower() and option.name in err, err
+
+
+def test_defaults_hold_for_what_is_not_set(files, tmp_path):
+    """An option that is not set has the value that its default, written out, has."""
+    path = str(tmp_path / "nutshim.conf")
+    written = {"": [], "server": ["[s]", "role = server", "certificate = " + files["server"]],
+               "client": ["[c]", "role = client", "upstream = ups.lan", "trust = " + files["ca"]]}
+    for option in OPTIONS:
+        for role in PLACES[option.where]:
+            default = option.default.get(role) if isinstance(option.default, dict) else option.default
+            if default is not None:
+                written[role].append("%s = %s" % (option.name, default))
+    configs = []
+    for text in (base(files, "")[0], "\n".join(sum(written.values(), [])) + "\n"):
+        conf, found = read_config(write(path, text))
+        assert not found
+        configs.append([conf] + conf.shims)
+    for short, long in zip(*configs):
+        for option in OPTIONS:
+            assert getattr(short, option.name, None) == getattr(long, option.name, None), option.name
+    values = vars(configs[0][1])
+    assert (values["handshake_timeout"], values["idle_timeout"], values["min_tls"]) == (10, 120, "1.3")
+    values = vars(configs[0][2])
+    assert (values["handshake_timeout"], values["verify"], values["reuse"]) == (4, "full", 30)
+
+
+def test_where_a_shim_listens_and_goes(files, check):
+    """Addresses without a port get the role's: 401 at the server shim, 3493 at upsd and for local clients."""
+    _, out, _ = check(base(files, "server")[0])
+    assert re.search(r"\[s\] server on \*:401, upstream localhost:3493", out), out
+    assert re.search(r"\[c\] client on localhost:3493, upstream ups.lan:401", out), out
+    _, out, _ = check(base(files, "client", "upstream", "[2001:db8::1], b:4, ::1")[0])
+    assert "upstream [2001:db8::1]:401, b:4, [::1]:401" in out
+
+
+# ---- the file -----------------------------------------------------------------------------------
+
+def test_comments_blanks_and_quotes(files, check):
+    """The file may have comments, blanks, quotes and CRLF as ups.conf may."""
+    text = "; a comment\r\n\r\n # another\r\nlog=stderr # to the terminal\r\n\t[ s ]   ; upsd\r\n" \
+           "role\t=server\r\n certificate = \"%s\"\r\nlisten = *:401;x\r\n" % files["server"]
+    status, _, err = check(text)
+    assert (status, list(faults(err))) == (1, [8]), "a ; inside a word is no comment"
+    status, out, err = check(text.replace(";x", " ;x"))
+    assert (status, err) == (0, "") and "[s] server on *:401" in out
+
+
+WRONG = """\
+reuse = 3
+colour = blue
+log = syslog
+log = stderr
+max_sessions = none
+[a]
+role = server
+role = client
+verify = full
+listen = host:port
+nonsense
+timeout =
+[b]
+listen = *
+[a]
+role = client
+max_sessions = 5
+[broken
+"""
+
+
+def test_all_faults_are_shown_at_once(check):
+    """Every fault of a file is shown, each with its line, in one run."""
+    status, out, err = check(WRONG)
+    assert (status, out) == (1, "")
+    found = faults(err)
+    for number, words in ((1, "role = client"), (2, "no such option"), (4, "line 3"), (5, "whole number"), (8, "line 7"),
+                          (9, "role = client"), (10, "HOST[:PORT]"), (11, "name = value"), (12, "name = value"), (13, "role"),
+                          (15, "[a]"), (17, "[section]"), (18, "[section]")):
+        assert words in found.get(number, ""), (number, words, err)
+
+
+@pytest.mark.parametrize("text, number, words", [
+    ("", 1, "[section]"),
+    ("log = syslog\n", 1, "[section]"),
+    ("role = server\n[s]\nrole = server\ncertificate = {server}\n", 1, "[section]"),
+    ("[s]\nrole = server\n", 1, "certificate"),
+    ("[c]\nrole = client\ntrust = {ca}\n", 1, "upstream"),
+    ("[c]\nrole = client\nupstream = a\n", 1, "trust"),
+    ("[c]\nrole = client\nupstream = a\nverify = chain\n", 1, "trust"),
+    ("[c]\nrole = client\nupstream = a\nverify = pin\n", 1, "pin"),
+    ("[c]\nrole = client\nupstream = a\nverify = pin\npin = %s\ntrust = {ca}\n" % PIN, 6, "no effect"),
+    ("[c]\nrole = client\nupstream = a\nverify = none\ncrl = {crl}\n", 5, "no effect"),
+    ("[c]\nrole = client\nupstream = a\ntrust = {ca}\nkey = {key}\n", 5, "no effect"),
+    ("[s]\nrole = server\ncertificate = {server}\nclient_certificate = require\n", 1, "trust"),
+    ("[s]\nrole = server\ncertificate = {server}\nclient_certificate = request\n", 1, "trust"),
+    ("[s]\nrole = server\ncertificate = {server}\ntrust = {ca}\n", 4, "no effect"),
+    ("[s]\nrole = server\ncertificate = {server}\npin = %s\n" % PIN, 4, "no effect"),
+    ("[s]\nrole = server\ncertificate = {server}\ncrl = {crl}\n", 4, "no effect"),
+    ("[s]\nrole = server\ncertificate = {server}\npermit = CN=a: read\n", 4, "client_certificate"),
+    ("[s]\nrole = server\ncertificate = {server}\nverify = full\n", 4, "role = client"),
+    ("[s]\nrole = server\ncertificate = {server}\nreuse = 1\n", 4, "role = client"),
+    ("[c]\nrole = client\nupstream = a\ntrust = {ca}\npermit = *: read\n", 5, "role = server"),
+    ("[c]\nrole = client\nupstream = a\ntrust = {ca}\nplaintext = refuse\n", 5, "role = server"),
+    ("[s]\nrole = server\ncertificate = {cert}\n", 3, "private key"),
+])
+def test_options_that_do_not_go_together(text, number, words, files, check):
+    """What is missing, without effect or in the wrong place is a fault with its line and what was expected."""
+    status, _, err = check(text.format(**files))
+    assert status == 1 and list(faults(err)) == [number], err
+    assert words.lower() in err.lower()
+
+
+def test_a_file_that_cannot_be_read(tmp_path, capsys):
+    """A configuration that is missing, a folder, or no text is one clear error."""
+    for path, words in ((tmp_path / "none.conf", "No such file"), (tmp_path, "Is a directory")):
+        assert nutshim.main(["-t", "-f", str(path)]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(str(path)) and words in err
+    path = tmp_path / "binary"
+    path.write_bytes(bytes(range(256)) * 4)
+    assert nutshim.main(["-t", "-f", str(path)]) == 1
+    assert "%s:1: " % path in capsys.readouterr().err
+
+
+def test_unwise_options_are_warned_about(files, check, tmp_path):
+    """What weakens protection passes with a warning that names the line."""
+    key = shutil.copy(files["key"], str(tmp_path / "open.key"))
+    os.chmod(key, 0o644)
+    for role, option, value, words in (
+            ("client", "min_tls", "1.2", "TLS 1.2 is allowed"), ("server", "plaintext", "localhost", "without TLS"),
+            ("server", "key", key, "everybody can read this private key")):
+        text, number = base(files, role, option, value)
+        status, out, err = check(text)
+        assert (status, err) == (0, "")
+        assert re.search(r"warning: .*nutshim\.conf:%d: .*%s" % (number, words), out), out
+        assert value != key or "chmod" in out
+    status, out, _ = check("[c]\nrole = client\nupstream = a\nverify = none\n")
+    assert status == 0 and re.search(r"warning: .*nutshim\.conf:4: .*not verified", out)
+
+
+def test_check_shows_names_pin_and_expiry(files, pki, check):
+    """-t prints a server's pin and names, and how long each certificate is valid."""
+    _, out, _ = check(base(files, "")[0])
+    assert pki.server.pin in out and "DNS:localhost" in out and "IP:::1" in out
+    assert len(re.findall(r"expires in \d+ days", out)) == 2
+
+
+def test_nothing_starts_with_a_fault(files, tmp_path):
+    """With one fault in one shim no shim starts, in the foreground or not: exit 1, the fault on stderr, no pidfile."""
+    pidfile = tmp_path / "x.pid"
+    path = write(str(tmp_path / "bad.conf"), "log = stderr\npidfile = %s\n[a]\nrole = server\nlisten = 127.0.0.1:0\n"
+                 "certificate = %s\n[b]\nrole = client\nreuse = x\nupstream = a\nverify = none\n" % (pidfile, files["server"]))
+    for args in (["-F"], ["-D"], []):
+        done = run_shim("-f", path, *args)
+        assert done.returncode == 1, done
+        assert re.match(r"%s:9: .*reuse: expected" % re.escape(path), done.stderr) and done.stderr.count("\n") == 1
+        assert "listening" not in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert not pidfile.exists()
+    assert run_shim("-t", "-f", path).returncode == 1
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+def test_version_and_help():
+    """-V prints the versions of nutshim, Python and OpenSSL; -h every option of the command line and of the file."""
+    done = run_shim("-V")
+    assert done.returncode == 0 and re.match(r"nutshim \d\S*, Python 3\.\d+\.\d+\S*, OpenSSL \d", done.stdout), done.stdout
+    done = run_shim("-h")
+    assert done.returncode == 0
+    for word in ["-f ", "-t ", "-c ", "-p ", "-D ", "-F ", "-u ", "-r ", "-V", "reload", "stop", "status"]:
+        assert word in done.stdout, word
+    for option in OPTIONS:
+        assert re.search(r"(?m)^\s+%s\s" % option.name, done.stdout), option.name
+
+
+@pytest.mark.parametrize("args", [["--nonsense"], ["-c", "restart"], ["-c"], ["-f"], ["extra"], ["-p"]], ids=" ".join)
+def test_wrong_usage_is_exit_2(args):
+    """A command line that makes no sense ends with 2 and the usage on stderr."""
+    done = run_shim(*args)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ") and not done.stdout
+
+
+def test_configuration_is_found_beside_the_program(tmp_path, files):
+    """Without -f the file of $NUT_CONFPATH is read before all others, and the one beside nutshim.py last."""
+    if any(os.path.exists(place + "/nutshim.conf") for place in ("/etc/nut", "/etc/ups", "/usr/local/etc/nut")):
+        pytest.skip("this machine has a nutshim.conf of its own")
+    script = shutil.copy(NUTSHIM, str(tmp_path / "nutshim.py"))
+    done = run_shim("-t", script=script)
+    places = ["/etc/nut", "/etc/ups", "/usr/local/etc/nut", str(tmp_path)]
+    assert done.returncode == 1 and "-f" in done.stderr
+    assert re.findall(r"(\S+)/nutshim\.conf", done.stderr) == places
+    beside = write(str(tmp_path / "nutshim.conf"), base(files, "")[0])
+    done = run_shim("-t", script=script)
+    assert done.returncode == 0 and beside in done.stdout
+    (tmp_path / "own").mkdir()
+    env = clean_env(NUT_CONFPATH=str(tmp_path / "own"))
+    assert beside in run_shim("-t", script=script, env=env).stdout, "a folder without the file is passed over"
+    own = write(str(tmp_path / "own" / "nutshim.conf"), "")
+    assert run_shim("-t", script=script, env=env).stderr.startswith(own + ":1: ")
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can have an /etc of its own")
+def test_configuration_is_looked_for_in_order(tmp_path):
+    """/etc/nut comes before /etc/ups, and that before /usr/local/etc/nut (seen in a mount namespace with both empty)."""
+    if run("unshare", "-m", "true").returncode:
+        pytest.skip("no mount namespaces here")
+    script = shutil.copy(NUTSHIM, str(tmp_path / "nutshim.py"))
+    places = ["/etc/nut", "/etc/ups", "/usr/local/etc/nut"]
+    done = run("unshare", "-m", "sh", "-c", """
+        set -e
+        mount -t tmpfs none /etc && mount -t tmpfs none /usr/local/etc
+        for place in "$@"; do mkdir $place; : >$place/nutshim.conf; done
+        for place in "$@"; do
+            "$PYTHON" "$SCRIPT" -t || true
+            rm $place/nutshim.conf
+        done""", "sh", *places, env=clean_env(PYTHON=sys.executable, SCRIPT=script))
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"(?m)^(\S+)/nutshim\.conf:1: ", done.stderr) == places, done.stderr
+
+
+# ---- the sample and README ----------------------------------------------------------------------
+
+def sample():
+    """nutshim.conf's lines that are options or sections: (number, mark, text)."""
+    with open(os.path.join(ROOT, "nutshim.conf"), encoding="ascii") as file:
+        for number, line in enumerate(file, 1):
+            match = re.match(r"([#;]?)(\[\w+\]|[a-z_]+ = .*)$", line)
+            assert match or line in ("\n", "#\n") or line.startswith("# "), "neither option nor comment: %d: %s" % (number, line)
+            if match:
+                yield number, match.group(1), match.group(2)
+
+
+def test_the_sample_shows_every_option_with_its_default():
+    """In nutshim.conf each option stands once in each place it belongs to, commented out, behind # with its
+    default or behind ; with an example."""
+    seen, role = [], ""
+    known = {option.name: option for option in OPTIONS}
+    must = {"certificate": "server", "upstream": "client", "trust": "client", "role": None}
+    for number, mark, text in sample():
+        if text.startswith("["):
+            role = "client" if role == "server" else "server"
+            continue
+        name, value = text.split(" = ", 1)
+        assert mark, "not commented out: line %d" % number
+        assert role in PLACES[known[name].where], "line %d: %s" % (number, name)
+        default = known[name].default
+        default = default.get(role) if isinstance(default, dict) else default
+        if name == "role":
+            assert value == role
+        elif default is not None:
+            assert (mark, value) == ("#", default), "line %d: the default is %s" % (number, default)
+        else:
+            assert mark == ("#" if must.get(name) == role else ";"), "line %d" % number
+        seen.append((role, name))
+    assert sorted(seen) == sorted((role, option.name) for option in OPTIONS for role in PLACES[option.where])
+
+
+def uncommented(files, marks, also=None):
+    """The sample as somebody makes it his own: these marks taken away, file names replaced by real ones."""
+    lines = []
+    for number, mark, text in sample():
+        name, _, value = text.partition(" = ")
+        if mark in marks or number == also:
+            value = {"certificate": files["server"], "trust": files["ca"], "crl": files["crl"], "key": files["key"],
+                     "user": "root", "chroot": "/"}.get(name, value)
+            if also and name == "client_certificate":
+                value = "require"
+            lines.append("%s = %s" % (name, value) if value else text)
+    return "\n".join(lines) + "\n"
+
+
+def test_the_sample_works_once_uncommented(files, check):
+    """The sample without its # passes -t, given the files, and so does each of its examples added to that."""
+    status, out, err = check(uncommented(files, "#"))
+    assert (status, err) == (0, "") and "[upsd] server" in out and "[upsbox] client" in out
+    for number, mark, text in list(sample()):
+        if mark == ";":
+            config = uncommented(files, "#", number)
+            if "trust = " not in config.split("role = client")[0]:
+                config = config.replace("client_certificate = require", "client_certificate = require\ntrust = " + files["ca"])
+            if text.startswith("key") and "certificate" not in config.split("role = client")[1]:
+                continue                            # has no effect alone: goes with the line above it
+            status, _, err = check(config)
+            assert (status, err) == (0, ""), (number, text)
+    status, _, err = check("")
+    assert status == 1, "as delivered nothing is set"
+
+
+def readme():
+    """README's text."""
+    with open(os.path.join(ROOT, "README"), encoding="ascii") as file:
+        return file.read()
+
+
+def test_readme_has_every_option():
+    """README's table has each option once, with its place and default."""
+    rows = re.findall(r"(?m)^([a-z_]+) +(global|shim|server|client)  +(\S.*)$", readme())
+    assert sorted(row[0] for row in rows) == sorted(option.name for option in OPTIONS)
+    for name, where, text in rows:
+        option = next(option for option in OPTIONS if option.name == name)
+        assert where == option.where, name
+        if isinstance(option.default, dict):
+            defaults = [(role, option.default.get(role) or "required") for role in ("server", "client")]
+            assert text == ", ".join("%s %s" % pair for pair in defaults), name
+        elif option.default is not None:
+            assert text == option.default, name
+
+
+def test_readme_has_the_access_classes_and_every_refusal():
+    """README names each class with its commands, and says what to do about every reason in the log."""
+    text = readme()
+    commands = set()
+    for name, verbs in nutshim.CLASSES.items():
+        row = re.search(r"(?m)^%s +(?:those, and )?(.*)$" % name, text).group(1)
+        if verbs is None:
+            assert row == "everything"
+        else:
+            commands |= set(row.split())
+            assert {verb.decode("ascii") for verb in verbs} == commands, name
+    flat = re.sub(r"\s+", " ", text[text.index("TROUBLESHOOTING"):])
+    first = " ".join(re.findall(r"(?m)^(.{1,32}?)(?:  |$)", text[text.index("THE LOG SAYS"):]))
+    first = re.sub(r"\s+", " ", first)
+    for reason in nutshim.Reason:
+        assert reason.value in flat or reason.value in first, reason.value
+
+
+def test_readme_sets_up_what_works(pki, tmp_path):
+    """The two configurations of README's set-up by hand, and the client by pin, pass -t with the files they name."""
+    shutil.copy(pki.server.file, str(tmp_path / "HOST.cert.pem"))
+    shutil.copy(pki.ca.cert, str(tmp_path / "HOST-client.cert.pem"))
+    configs = [re.sub("(?m)^    ", "", text) for text in re.findall(r"nutshim\.conf <<END\n(.*?)    END\n", readme(), re.S)]
+    assert len(configs) == 2 and "    MONITOR ups@localhost " in readme()
+    pin = re.search(r"(?m)^    verify = pin\n    pin = (\S+)$", readme()).group(1)
+    configs.append(re.sub(r"trust = .*", "verify = pin\npin = " + pki.server.pin, configs[1]))
+    assert pin == "sha256//..." and pki.server.pin in configs[2]
+    for text, role in zip(configs, ("server", "client", "client")):
+        done = run_shim("-t", "-f", write(str(tmp_path / "nutshim.conf"), text))
+        assert done.returncode == 0 and " %s on " % role in done.stdout, done
+
+
+def test_readme_is_plain_text_of_72_columns():
+    """README has no line over 72 columns, no tab, and names only files that exist."""
+    for number, line in enumerate(readme().splitlines(), 1):
+        assert len(line) <= 72 and "\t" not in line and line == line.rstrip(), "line %d" % number
+    for path in set(re.findall(r"\b(?:packaging|tests)/[\w./-]*\w", readme())):
+        assert os.path.exists(os.path.join(ROOT, path)), path
