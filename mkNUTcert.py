@@ -661,10 +661,9 @@ def make_pair(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     own = own_names()
     names = unique(opts.subjectAltName or own)
     start, end = validity(opts)
-    folder = opts.d or ("" if opts.servercertfile and opts.clientcertfile else conf_folder())
-    base = os.path.join(folder, own[0].text[:MAX_STEM])
-    server = opts.servercertfile or base + ".cert.pem"
-    client = opts.clientcertfile or base + "-client.cert.pem"
+    stem = own[0].text[:MAX_STEM]
+    server = opts.servercertfile or os.path.join(opts.d or conf_folder(), stem + ".cert.pem")
+    client = opts.clientcertfile or os.path.join(opts.d or conf_folder(), stem + "-client.cert.pem")
     owner = key_rights(opts.owner)
     replace = may_write([server, client], opts.y)
     ca_key, key = ossl.new_key(opts.key_type), ossl.new_key(opts.key_type)
@@ -1145,7 +1144,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         opts = parser.parse_intermixed_args(argv[1:] if command else argv)
         for name in ("d", "out", "bundle", "servercertfile", "clientcertfile"):
             if getattr(opts, name, None):  # whoever reads the messages may be elsewhere
-                setattr(opts, name, os.path.abspath(getattr(opts, name)))
+                inside = opts.d if name.endswith("certfile") and opts.d else ""
+                setattr(opts, name, os.path.abspath(os.path.join(inside, getattr(opts, name))))
         if command == "check" and not opts.files and not opts.f:
             parser.error("expected FILE or -f nutshim.conf")
         if command == "client" and opts.upstream and not opts.bundle:

@@ -309,6 +309,12 @@ def test_defaults_are_those_of_the_older_tool(tmp_path):
     assert mk("-v") == mk("--version") and mk("-v").startswith("mkNUTcert.py ")
 
 
+def test_folder_holds_for_named_files_too(tmp_path):
+    """-d is the folder of both files even where -s and -c name them; a full path stays what it is."""
+    mk("-y", "-d", str(tmp_path), "-s", "server.pem", "-c", str(tmp_path / "else" / ".." / "client.pem"), "-SAN", "a.lan")
+    assert sorted(os.listdir(tmp_path)) == ["client.pem", "server.pem"]
+
+
 def test_options_of_the_older_tool(tmp_path):
     """-SAN, -C, -O, -OU, --serialNumber, --notBefore and --notAfter do what they did, under either spelling."""
     before = int(time.time())
