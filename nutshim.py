@@ -65,6 +65,7 @@ MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512 characters, each es
 MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
 MAX_REPLY_LINE = 512      # upsd cuts a reply line here, without a newline (NUT_NET_ANSWER_MAX)
+SPARE_MEMORY = 256 * 1024 # bytes that must be to be had before a session begins
 MAX_LOCAL_REPLIES = 64    # own replies waiting for their turn, before the client is read again
 HIGH_WATER = 64 * 1024    # bytes unsent to one side, before its other side has to wait
 STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's writes block, for everybody
@@ -930,7 +931,8 @@ class Log:
         """The descriptor to use() for a target; OSError when its file cannot be written."""
         if target in ("syslog", "stderr"):
             return 2
-        return os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        # Root opens it in a folder that may be another user's, so a link is not followed.
+        return os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
 
     def use(self, target: str, fd: int):
         if self.fd > 2:
@@ -959,26 +961,28 @@ class Log:
 
     def flush(self):
         lines, self.lines = self.lines, []
-        if self._lost:
-            lines.insert(0, (WARNING, "%d log lines were lost here" % self._lost))
+        note = [(WARNING, "%d log lines were lost here" % self._lost)] if self._lost else []
+        lines[:0] = note
         try:
-            if self._syslog:
-                self._to_syslog(lines)
-            else:
-                now = int(time.time())
-                if now != self._second:
-                    self._second = now
-                    self._stamp = time.strftime("%Y-%m-%d %H:%M:%S nutshim[") + "%d] " % os.getpid()
-                data = "".join([self._stamp + _LEVELS[level] + text + "\n" for level, text in lines]).encode("utf-8", "replace")
-                while data:
-                    cut = data.rfind(b"\n", 0, 4096) + 1 or 4096
-                    if self._poll and not self._poll.poll(0):   # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
-                        raise BlockingIOError
-                    os.write(self.fd, data[:cut])
-                    data = data[cut:]
+            (self._to_syslog if self._syslog else self._to_file)(lines)
             self._lost = 0
         except OSError:
-            self._lost += len(lines)
+            # lines holds what could not be written; the note about earlier losses is none of them.
+            self._lost = len(lines) + (self._lost - 1 if note and lines[:1] == note else 0)
+
+    def _to_file(self, lines):
+        now = int(time.time())
+        if now != self._second:
+            self._second = now
+            self._stamp = time.strftime("%Y-%m-%d %H:%M:%S nutshim[") + "%d] " % os.getpid()
+        data = "".join([self._stamp + _LEVELS[level] + text + "\n" for level, text in lines]).encode("utf-8", "replace")
+        while data:
+            cut = data.rfind(b"\n", 0, 4096) + 1 or 4096
+            if self._poll and not self._poll.poll(0):   # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
+                raise BlockingIOError
+            os.write(self.fd, data[:cut])
+            del lines[:data.count(b"\n", 0, cut)]
+            data = data[cut:]
 
     def _to_syslog(self, lines):
         """The library's syslog() would wait for a syslogd that hangs, so its datagrams are made here (RFC 3164)."""
@@ -989,9 +993,11 @@ class Log:
                 if self._sock.connect_ex(path) == 0:
                     break
         try:
-            for level, text in lines:
+            while lines:
+                level, text = lines[0]
                 packet = "<%d>%s nutshim[%d]: %s" % (3 * 8 + level, time.strftime("%b %e %H:%M:%S"), os.getpid(), text)
                 self._sock.send(packet.encode("utf-8", "replace")[:2048])
+                del lines[0]
         except BlockingIOError:
             raise
         except OSError:
@@ -1059,7 +1065,10 @@ class Workers:
 
     def _run(self):
         while True:
-            self._do(*self._jobs.get())
+            try:
+                self._do(*self._jobs.get())
+            except MemoryError:
+                pass                            # The session's deadline ends it; the thread must live.
 
     def _do(self, session, job, then):
         try:
@@ -1689,6 +1698,10 @@ class Shim:
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
             return Reason.MAX_SESSIONS
+        try:
+            bytearray(SPARE_MEMORY)
+        except MemoryError:                     # What is left is for the sessions that run.
+            return Reason.RESOURCES
         return Reason.PER_ADDRESS if self.addresses[host] >= self.conf.max_sessions_per_address else None
 
     def name_for(self, target) -> bytes:
@@ -1833,9 +1846,9 @@ class Loop:
                 except Exception as error:
                     self._fault(side.session, error)
             if self.now >= self._next:
-                self._sweep()
+                self.guarded(None, self._sweep)
             if self.log.lines:
-                self.log.flush()
+                self.guarded(None, self.log.flush)
         self.log.hold = False
 
     def _sweep(self):
@@ -2082,10 +2095,13 @@ def _probe_stranger(conf, found, name):
     """Whose certificate was refused, looked at over a second connection, on which nothing is said."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with _probe_connect(found, conf.handshake_timeout) as sock:
-        _probe_starttls(sock)
-        with context.wrap_socket(sock) as tls:
-            peer = describe_peer(tls)
+    try:
+        with _probe_connect(found, conf.handshake_timeout) as sock:
+            _probe_starttls(sock)
+            with context.wrap_socket(sock) as tls:
+                peer = describe_peer(tls)
+    except (OSError, ValueError, ProtocolError):
+        return "It could not be looked at again"
     return "The certificate is for %s, not for %s; it %s; its pin is %s" % (
         ", ".join(peer.names) or "nobody", name, days_text(peer.not_after), peer.pin)
 
@@ -2111,10 +2127,10 @@ class Daemon:
         os.umask(0o027)
         self.log.use(*self._open_log(conf))
         self._lock_pidfile()
+        self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)      # The loop learns of it through the wake-up descriptor.
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
         self._apply(conf, credentials, warnings, self._handed_over())
         try:
             self._open_control()
@@ -2225,7 +2241,7 @@ class Daemon:
         """The lock, not the file, tells whether nutshim runs, so a stale file does no harm."""
         path = self.conf.pidfile
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             number = os.read(fd, 20).decode("ascii", "replace").strip()
@@ -2251,7 +2267,7 @@ class Daemon:
         at = conf.at("user")
         try:
             if account and self._pidfile is not None:
-                os.chown(control_path(conf), account.pw_uid, account.pw_gid)
+                os.lchown(control_path(conf), account.pw_uid, account.pw_gid)
             if account and self.log.fd > 2:
                 os.fchown(self.log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
@@ -2306,8 +2322,9 @@ class Daemon:
             if os.path.exists(path):
                 os.unlink(path)                         # A killed daemon's: the pidfile's lock is ours.
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            mask = os.umask(0o177)
             sock.bind(path)
-            os.chmod(path, 0o600)
+            os.umask(mask)
         except OSError as error:
             raise ConfigError("%s%s: %s" % (self.conf.at("pidfile"), path, error.strerror)) from None
         sock.listen(8)
@@ -2340,7 +2357,7 @@ class Daemon:
 
     def _request(self, word):
         if word == "status":
-                return "OK\n" + json.dumps(status_data(self))
+            return "OK\n" + json.dumps(status_data(self))
         if word == "reload":
             fault = self.reload()
             return "ERR\n" + fault if fault else "OK\nreloaded"

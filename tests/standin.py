@@ -436,9 +436,8 @@ def main(argv=None):
     parser.add_argument("--port", type=int, default=3493, help="port to listen on, 0 = any free one")
     parser.add_argument("--variables", type=int, default=0, help="so many variables more, for big lists")
     options = parser.parse_args(argv)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # before the threads, which inherit it
     upsd = StandIn(many=options.variables, host=options.host, port=options.port)
     try:
         upsd.start()
@@ -447,7 +446,7 @@ def main(argv=None):
               file=sys.stderr)
         return 1
     print("port %d" % upsd.port, flush=True)
-    stop.wait()
+    signal.sigwait(signals)
     upsd.stop()
     return 0
 
