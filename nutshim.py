@@ -65,7 +65,7 @@ MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512 characters, each es
 MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
 MAX_REPLY_LINE = 512      # upsd cuts a reply line here, without a newline (NUT_NET_ANSWER_MAX)
-SPARE_MEMORY = 256 * 1024 # bytes that must be to be had before a session begins
+SPARE_MEMORY = 512 * 1024 # bytes that must be to be had before sixteen more sessions begin
 MAX_LOCAL_REPLIES = 64    # own replies waiting for their turn, before the client is read again
 HIGH_WATER = 64 * 1024    # bytes unsent to one side, before its other side has to wait
 STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's writes block, for everybody
@@ -1699,7 +1699,8 @@ class Shim:
         if len(self.loop.sessions) >= self.loop.max_sessions:
             return Reason.MAX_SESSIONS
         try:
-            bytearray(SPARE_MEMORY)
+            if self.counts["total"] % 16 == 0:
+                bytearray(SPARE_MEMORY)
         except MemoryError:                     # What is left is for the sessions that run.
             return Reason.RESOURCES
         return Reason.PER_ADDRESS if self.addresses[host] >= self.conf.max_sessions_per_address else None

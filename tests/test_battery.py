@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A real upsmon on battery behind both shims, while everything around it restarts, reloads and storms.
+
+What upsmon 2.8.0 does by itself, straight on upsd (NUT's upsmon.conf, DEADTIME, and seen in the
+controls here): a lost connection is COMMBAD and it connects anew; if the last status was OB and no
+poll has worked for DEADTIME seconds it takes the UPS for OB LB, and shuts down. So a shim must
+neither drop connections of its own accord, nor hide that upsd is gone. Others are stricter still:
+some later upsmon shuts down at once when a connection is lost on battery.
+"""
+
+import contextlib
+import os
+import time
+
+import pytest
+
+from harness import PRIMARY, SECONDARY, Nut, PlainClient, Shim, Upsmon, pair_config, poll, write
+from test_endurance import UNLIMITED, Storm
+
+DEADTIME = 15                                       # NUT's default
+AFTER_LB = 10                                       # seconds in which OB LB must have its effect
+
+
+class Ground:
+    """A upsd with several UPSes, a server shim in front of it and a client shim in front of that, each a process."""
+
+    def __init__(self, pki, *upses):
+        self._pki, self._stack = pki, contextlib.ExitStack()
+        self.status = {ups: "OL" for ups in upses}
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self.nut = stack.enter_context(Nut({ups: {"ups.status": "OL"} for ups in self.status}))
+            config = pair_config(self.nut.port, self._pki, UNLIMITED, UNLIMITED)
+            self.server = stack.enter_context(Shim({"server": config["server"]}))
+            self.client = stack.enter_context(Shim({"client": config["client"]}))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+    def restart_upsd(self, kill=False):
+        """End upsd one way or the other and start it again, the drivers too: dummy-ups 2.8.0 does not survive its upsd."""
+        if kill:
+            self.nut.kill()
+        else:
+            self.nut.stop()
+        for ups, status in self.status.items():
+            self.nut.drivers[ups].end()
+            write(os.path.join(self.nut.folder, ups + ".dev"), "ups.status: %s\nTIMER 300\n" % status)
+            self.nut.start_driver(ups)
+        self.nut.start()
+
+    def reload(self):
+        """Reload both shims."""
+        for shim in (self.server, self.client):
+            mark = shim.mark()
+            shim.reload()
+            shim.wait_log("reloaded", 20, mark)
+
+    @property
+    def server_port(self):
+        """Where the server shim listens: the place for storms."""
+        return self.server.port("server")
+
+
+class Watch:
+    """Four upsmons on two UPSes: a primary and a secondary behind the shims on one of them, and,
+    as controls, a primary and a secondary straight on upsd on the other."""
+
+    def __init__(self, ground, ups, control, deadtime=DEADTIME):
+        self.ground, self._upses, self._deadtime = ground, (ups, control), deadtime
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            def upsmons(port, ups):
+                return [stack.enter_context(Upsmon(port, ups=ups, login=login, kind=kind, deadtime=self._deadtime))
+                        for login, kind in ((PRIMARY, "primary"), (SECONDARY, "secondary"))]
+            self.shimmed = upsmons(self.ground.client.port("client"), self._upses[0])
+            self.controls = upsmons(self.ground.nut.port, self._upses[1])
+            for ups in self._upses:
+                poll(lambda ups=ups: self._logins(ups) == 2, 15, "two upsmons logged in to " + ups)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+    def _logins(self, ups):
+        with PlainClient(self.ground.nut.port) as client:
+            return int(client.ask("GET NUMLOGINS " + ups).split()[2])
+
+    @property
+    def all(self):
+        """The four upsmons."""
+        return self.shimmed + self.controls
+
+    def set_status(self, status):
+        """Put both UPSes into a status, through upsd, which must be up."""
+        for ups in self._upses:
+            self.ground.status[ups] = status
+            self.ground.nut.set_status(status, ups)
+
+    def on_battery(self):
+        """Both UPSes on battery, and every upsmon knows."""
+        self.set_status("OB")
+        for upsmon in self.all:
+            upsmon.wait_event("ONBATT", 15)
+
+    def check(self):
+        """Nobody has begun to shut down."""
+        for upsmon in self.all:
+            assert upsmon.alive and not upsmon.shut_down, upsmon.log
+            assert not {"FSD", "SHUTDOWN", "LOWBATT"} & set(upsmon.events), upsmon.events
+
+    @staticmethod
+    def losses(upsmons):
+        """How often each of these upsmons has lost its connection."""
+        return [upsmon.events.count("COMMBAD") for upsmon in upsmons]
+
+    def settle(self, seconds=3):
+        """Let every upsmon poll some times; all have their connection then."""
+        poll(lambda: all(upsmon.events.count("COMMOK") >= upsmon.events.count("COMMBAD") for upsmon in self.all), 15,
+             lambda: "connections of all upsmons: %s" % [upsmon.events for upsmon in self.all])
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.check()
+            time.sleep(0.2)
+
+    def low_battery(self, meanwhile):
+        """OB LB, then meanwhile(): every upsmon shuts down in time."""
+        self.set_status("OB LB")
+        since = time.monotonic()
+        meanwhile()
+        for upsmon in self.all:
+            upsmon.wait_shutdown(max(0.1, AFTER_LB - (time.monotonic() - since)))
+            assert "LOWBATT" in upsmon.events or "FSD" in upsmon.events
+
+
+def reloads_and_storms(watch, seconds, say=lambda text: None):
+    """On battery, nothing that happens to the shims costs an upsmon its connection."""
+    before = watch.losses(watch.all)
+    end, number = time.monotonic() + seconds, 0
+    with Storm(watch.ground.server_port, threads=3):
+        while time.monotonic() < end:
+            watch.ground.reload()
+            watch.check()
+            number += 1
+            time.sleep(0.2)
+    watch.settle(1.5)
+    assert watch.losses(watch.all) == before, "a reload or a storm has cost a connection"
+    say("%d reloads of each shim under storm" % number)
+
+
+def upsd_restarts(watch, times, say=lambda text: None):
+    """On battery, upsd restarts cost each connection once at most, as without shims, and nothing else happens."""
+    before = watch.losses(watch.all)
+    with Storm(watch.ground.server_port, threads=1):
+        for number in range(times):
+            watch.ground.restart_upsd(number % 2 == 1)
+            if number % 3 == 0:
+                watch.ground.reload()
+            watch.settle(0.5)
+            say("upsd restart %d: lost %s behind the shims, %s without" % (
+                number + 1, watch.losses(watch.shimmed), watch.losses(watch.controls)))
+    lost = [now - then for now, then in zip(watch.losses(watch.all), before)]
+    assert max(lost) <= times, "more connections lost than upsd was restarted: %s" % lost
+
+
+@pytest.fixture(scope="module")
+def ground(nut_installed, pki):                     # pylint: disable=unused-argument
+    """One Ground for the tests here; each has UPSes of its own."""
+    with Ground(pki, "ups", "control", "ups-2", "control-2") as made:
+        yield made
+
+
+def test_upsmon_shuts_down_at_low_battery_and_never_before(ground):
+    """On battery through storms, reloads and upsd restarts no upsmon shuts down; at OB LB each does, within 10 s."""
+    with Watch(ground, "ups", "control") as watch:
+        watch.on_battery()
+        reloads_and_storms(watch, 2)
+        upsd_restarts(watch, 2)
+
+        def meanwhile():
+            with Storm(ground.server_port, threads=2):
+                ground.reload()
+        watch.low_battery(meanwhile)
+
+
+def test_a_upsd_that_stays_away_on_battery_is_noticed_through_the_shims(ground):
+    """Gone for longer than DEADTIME while on battery, upsd leaves upsmon behind the shims as it does one without: shut down."""
+    with Watch(ground, "ups-2", "control-2", deadtime=2) as watch:
+        watch.on_battery()
+        ground.nut.stop()
+        for upsmon in watch.all:
+            upsmon.wait_event("COMMBAD", 4)         # by its next poll, not by a time-out of 5 s
+        for upsmon in watch.all:
+            upsmon.wait_shutdown(2 + AFTER_LB)
