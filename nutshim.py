@@ -1645,8 +1645,8 @@ class Target:
         """The addresses known; where there are none yet, then(self, error) is called later."""
         if loop.now >= self._fresh_until:
             if self._waiting is None:
-                self._waiting = []
                 loop.workers.submit_look_up(self.host, self.port, lambda found, error: self._resolved(loop, found, error))
+                self._waiting = []
             if not self.addresses:
                 self._waiting.append(then)
         return list(self.addresses)
