@@ -558,7 +558,7 @@ def test_the_service_manager_is_told_of_ready_reload_stop_and_life(nut, pki, tmp
     address = {"path": str(tmp_path / "notify"), "abstract": "@nutshim-test-%d" % os.getpid()}[kind]
     with Manager(address) as manager:
         with Shim({"shim": server_section(nut, pki)},
-                  env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1000000"}) as shim:
+                  env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "500000"}) as shim:
             manager.wait("READY=1")
             before = time.clock_gettime(time.CLOCK_MONOTONIC)
             shim.reload()
@@ -569,7 +569,7 @@ def test_the_service_manager_is_told_of_ready_reload_stop_and_life(nut, pki, tmp
             shim.reload("nonsense")
             manager.wait("READY=1", "RELOADING=1", "READY=1", "RELOADING=1", "READY=1")
             start = len(manager.messages)
-            poll(lambda: manager.fetch()[start:].count("WATCHDOG=1") >= 2, 4, "WATCHDOG=1 each half second")
+            poll(lambda: manager.fetch()[start:].count("WATCHDOG=1") >= 2, 3, "WATCHDOG=1 twice a period")
             shim.stop()
             assert manager.states()[5:] == ["STOPPING=1"]
 
@@ -1331,7 +1331,7 @@ def test_a_clock_that_jumps_disturbs_no_session(shim, nut, pki, tmp_path):
     one = shim(pair_config(nut.port, pki, {"idle_timeout": 1}, {"idle_timeout": 100}),
                script=patched(str(tmp_path), CLOCK % offset))
     with TlsClient(one.port("server")) as idle, PlainClient(one.port("client")) as busy_client:
-        for years in (-1, 10, -20):
+        for years in (-1, 10):
             os.replace(write(offset + ".new", str(years * 365.25 * 86400)), offset)
             end = time.monotonic() + 0.3
             while time.monotonic() < end:
