@@ -78,6 +78,7 @@ RESOLVE_TTL = 60          # seconds a name's addresses are used without asking a
 TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each time one is read
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
+NO_EXPIRY = 253402300799  # seconds since 1970: 99991231235959Z, no end that is known (RFC 5280 4.1.2.5)
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
 # --- Options: the one source for parser, help and documentation ----------------------------------
@@ -904,6 +905,8 @@ def tls_error(error, name=None) -> str:
 
 def days_text(not_after) -> str:
     days = (not_after - time.time()) / 86400
+    if not_after >= NO_EXPIRY:
+        return "never expires"
     return "expires in %d days" % days if days >= 0 else "expired %d days ago" % -days
 
 
