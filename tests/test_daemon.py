@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -23,8 +22,8 @@ import time
 import pytest
 
 from certs import Authority
-from harness import (IS_ROOT, NUTSHIM, PRIMARY, ROOT, FalseServer, PlainClient, Process, Shim, TlsClient, clean_env,
-                     client_context, config_text, folder, free_port, pair_config, poll, run, run_shim, silent, write)
+from harness import (IS_ROOT, NUTSHIM, PRIMARY, ROOT, FalseServer, PlainClient, Shim, TlsClient, client_context,
+                     config_text, folder, free_port, pair_config, poll, run, run_shim, silent, write)
 from standin import StandIn
 
 as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
@@ -241,15 +240,28 @@ def account():
         pytest.skip("there is no user nut")
 
 
+def becoming(account):
+    """What to do in a new process, before its program runs, to be that user."""
+    def become():
+        os.setgroups([])
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+    return become
+
+
+def own_copy(path, shim, account):
+    """Copy a file into a daemon's folder for that user alone; its path there."""
+    copy = shutil.copy(path, shim.folder)
+    os.chown(copy, account.pw_uid, account.pw_gid)
+    return copy
+
+
 @pytest.fixture(scope="module")
 def python_for_all(account):
     """A Python that the user nut can run too (one under /root is for root alone)."""
-    def become():
-        os.setgid(account.pw_gid)
-        os.setuid(account.pw_uid)
     for python in (sys.executable, "/usr/bin/python3"):
         try:
-            if run(python, "-c", "import ssl", preexec_fn=become).returncode == 0:
+            if run(python, "-c", "import ssl", preexec_fn=becoming(account)).returncode == 0:
                 return python
         except OSError:
             pass
@@ -317,17 +329,12 @@ def test_a_failed_start_is_told_by_the_parent(daemon, nut, pki, case):
 @as_root
 def test_privileges_that_cannot_be_changed_end_the_start(daemon, nut, pki, account, python_for_all):
     """Started without the rights to become the wanted user, or to chroot, it exits 1 and says which."""
-    def become():
-        os.setgroups([])
-        os.setgid(account.pw_gid)
-        os.setuid(account.pw_uid)
     shim = daemon({}, start=False, python=python_for_all)
     os.chown(shim.folder, account.pw_uid, account.pw_gid)
-    certificate = shutil.copy(pki.server.file, shim.folder)
-    os.chown(certificate, account.pw_uid, account.pw_gid)
+    certificate = own_copy(pki.server.file, shim, account)
     for name, top in (("user", {"user": "root"}), ("chroot", {"user": "nut", "chroot": shim.folder})):
         shim.configure({"": top, "shim": server_section(nut, pki, certificate=certificate)})
-        done = shim.start(preexec_fn=become)
+        done = shim.start(preexec_fn=becoming(account))
         assert done.returncode == 1
         assert re.search("%s.*not permitted" % name, done.stderr, re.I), done.stderr
         assert "Traceback" not in done.stderr
@@ -394,16 +401,12 @@ def test_root_becomes_the_user_for_good(daemon, nut, pki, account, way):
 @as_root
 def test_privileged_ports_stay_open_over_reload(daemon, nut, pki, account, python_for_all):
     """A port below 1024, opened as root, goes on through reloads as the user nut; a new one is refused with words."""
-    def below_1024():
-        for port in range(1023, 600, -1):
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                yield port
-    candidates = below_1024()
-    port, other = next(candidates), next(candidates)
+    def is_free(port):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+    port, other = [number for number in range(1023, 900, -1) if is_free(number)][:2]
     shim = daemon({}, start=False, python=python_for_all)
-    certificate = shutil.copy(pki.server.file, shim.folder)
-    os.chown(certificate, account.pw_uid, account.pw_gid)
+    certificate = own_copy(pki.server.file, shim, account)
     config = {"": {"user": "nut"}, "shim": server_section(nut, pki, certificate=certificate,
                                                          listen="127.0.0.1:%d" % port)}
     shim.configure(config)
@@ -715,6 +718,22 @@ def test_a_full_disk_stops_nothing(nut, pki, tmp_path):
             assert client.ask("NETVER") == b"1.3\n"
 
 
+def test_debugging_stays_in_the_foreground_and_tells_more(nut, pki, tmp_path):
+    """-D logs to stderr whatever the option log says, with the protocol's words at level debug; -F has none of these."""
+    log = str(tmp_path / "log")
+    config = {"": {"log": log}, "shim": server_section(nut, pki)}
+    for args, debug in ((("-D",), True), (("-F",), False)):
+        with Shim(config, args=args, ready=0) as shim:
+            text = (lambda shim=shim: shim.log) if debug else (lambda: read(log))
+            poll(lambda: "listening" in text(), 5, "the listening line")
+            port = int(re.search(r"listening on 127.0.0.1:(\d+)", text()).group(1))
+            with TlsClient(port) as client:
+                client.ask("GET VAR ups ups.status")
+            poll(lambda: "closed" in text(), 5, "the end of the session in the log")
+            assert bool(re.search(STAMP + "debug: .*GET VAR ups ups.status", text())) == debug
+        assert bool(read(log)) != debug and bool(shim.log) == debug
+
+
 def test_the_log_file_is_opened_anew_at_reload(daemon, nut, pki):
     """A log file that was moved away gets nothing more after a reload, and the new one everything, complete lines only."""
     shim = daemon({"shim": server_section(nut, pki)})
@@ -736,8 +755,7 @@ def test_the_log_file_is_opened_anew_at_reload(daemon, nut, pki):
 def test_logrotate_and_a_user_without_rights_in_var_log(daemon, nut, pki, account, python_for_all):
     """As the user nut too, it can open its log anew: the file it found or made as root belongs to it."""
     shim = daemon({}, start=False, python=python_for_all)
-    certificate = shutil.copy(pki.server.file, shim.folder)
-    os.chown(certificate, account.pw_uid, account.pw_gid)
+    certificate = own_copy(pki.server.file, shim, account)
     shim.configure({"": {"user": "nut"}, "shim": server_section(nut, pki, certificate=certificate)})
     done = shim.start()
     assert done.returncode == 0, done.stderr
@@ -1119,12 +1137,7 @@ def test_the_status_socket_is_for_its_owner_alone(daemon, nut, pki):
 def test_another_user_cannot_command_the_daemon(daemon, nut, pki, account, python_for_all):
     """-c stop of a user who is not the daemon's exits 1 with words, and the daemon goes on."""
     shim = daemon({"shim": server_section(nut, pki)}, python=python_for_all)
-
-    def become():
-        os.setgroups([])
-        os.setgid(account.pw_gid)
-        os.setuid(account.pw_uid)
-    done = run(python_for_all, NUTSHIM, "-c", "stop", "-f", shim.config, preexec_fn=become)
+    done = run(python_for_all, NUTSHIM, "-c", "stop", "-f", shim.config, preexec_fn=becoming(account))
     assert done.returncode == 1 and "Permission denied" in done.stderr and "Traceback" not in done.stderr
     assert works(shim.port("shim"))
 

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from harness import (ADMIN, Nut, PlainClient, Relay, Shim, TlsClient, client_context, free_port, poll, run_shim,
+from harness import (ADMIN, Nut, PlainClient, Relay, Shim, TlsClient, client_context, poll, run_shim,
                      write)
 
 DENIED = b"ERR ACCESS-DENIED\n"
@@ -107,7 +107,7 @@ def stage(nut_installed, pki):                      # pylint: disable=unused-arg
     """The Stage. Its upsd is in FSD from the start, so that this test or that does not change its answers."""
     with Nut() as nut, Relay(nut.port) as upsd:
         def server(**options):
-            return dict(role="server", listen="127.0.0.1:%d" % free_port(), upstream="127.0.0.1:%d" % upsd.port,
+            return dict(role="server", listen="127.0.0.1:0", upstream="127.0.0.1:%d" % upsd.port,
                         certificate=pki.server.file, **options)
         asks = {"client_certificate": "request", "trust": pki.ca.cert}
         config = {access: server(permit="*: " + access) for access in ORDER}
@@ -121,9 +121,9 @@ def stage(nut_installed, pki):                      # pylint: disable=unused-arg
             "local-names": server(plaintext="localhost", permit="CN=client.example: admin", **asks),
             "from-2": server(allow_from="127.0.0.2"),
             "from-net": server(allow_from="192.0.2.0/24, 127.0.0.0/31, 2001:db8::/32"),
-            "from-6": dict(server(allow_from="::1"), listen="[::1]:%d" % free_port()),
-            "from-other-6": dict(server(allow_from="2001:db8::/32, ::2, 127.0.0.1"), listen="[::1]:%d" % free_port()),
-            "client": {"role": "client", "listen": "127.0.0.1:%d" % free_port(), "upstream": "127.0.0.1:%d" % upsd.port,
+            "from-6": dict(server(allow_from="::1"), listen="[::1]:0"),
+            "from-other-6": dict(server(allow_from="2001:db8::/32, ::2, 127.0.0.1"), listen="[::1]:0"),
+            "client": {"role": "client", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % upsd.port,
                        "verify": "none", "allow_from": "127.0.0.2"}})
         with PlainClient(nut.port) as client:
             client.login()
@@ -303,7 +303,7 @@ def test_refusals_are_counted(stage):
 
 def test_class_after_a_reload(nut, shim, pki):
     """A reload gives new sessions the new class; a session that runs keeps the one it has."""
-    config = {"server": {"role": "server", "listen": "127.0.0.1:%d" % free_port(), "permit": "*: monitor",
+    config = {"server": {"role": "server", "listen": "127.0.0.1:0", "permit": "*: monitor",
                          "upstream": "127.0.0.1:%d" % nut.port, "certificate": pki.server.file}}
     running = shim(config)
     with TlsClient(running.port("server")) as before:
@@ -385,8 +385,8 @@ def test_configuration_that_means_nothing(pki, tmp_path):
         "plaintext = yes", "client_certificate = yes", "pin = sha256//abc", "pin = md5//abc"]
     text, wrong = "", {}
     for number, line in enumerate(lines):
-        text += "[s%d]\nrole = server\nlisten = 127.0.0.1:%d\ncertificate = %s\ntrust = %s\n" % (
-            number, free_port(), pki.server.file, pki.ca.cert)
+        text += "[s%d]\nrole = server\nlisten = 127.0.0.1:0\ncertificate = %s\ntrust = %s\n" % (
+            number, pki.server.file, pki.ca.cert)
         if not line.startswith("client_certificate"):
             text += "client_certificate = request\n"
         wrong[text.count("\n") + 1] = line

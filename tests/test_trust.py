@@ -15,7 +15,7 @@ import pytest
 
 from certs import LOCAL, openssl
 from harness import (NSS_PASSWORD, NUTSHIM, FalseServer, Nut, PlainClient, Relay, Shim, TlsClient, Upsmon, config_text,
-                     folder, free_port, poll, run, run_shim, tls, upsc, write)
+                     folder, poll, run, run_shim, tls, upsc, write)
 
 # What is wrong with a peer's certificate: name: (the server's, the client's, what nutshim says about it)
 FAULTS = {
@@ -83,7 +83,7 @@ def upsd(nut):
 def servers(upsd, pki):
     """Server shims in one process: one with each certificate, right and wrong, and each way to ask for the client's."""
     def server(certificate=pki.server, **options):
-        return dict(role="server", listen="127.0.0.1:%d" % free_port(), upstream="127.0.0.1:%d" % upsd.port,
+        return dict(role="server", listen="127.0.0.1:0", upstream="127.0.0.1:%d" % upsd.port,
                     certificate=certificate.file, **options)
     trust = {"trust": pki.ca.cert}
     config = {name: server(getattr(pki, name)) for name in [*SERVERS.values(), "server", "self_signed", "chained"]}
@@ -95,7 +95,7 @@ def servers(upsd, pki):
         "pinned": server(client_certificate="require", pin="%s, %s" % (pki.server.pin, pki.client.pin), **trust),
         "pin-request": server(client_certificate="request", pin=pki.client.pin, **trust),
         "other": server(pki.unknown_ca, client_certificate="require", trust=pki.other_ca.cert),
-        "on-six": dict(server(), listen="[::1]:%d" % free_port()),
+        "on-six": dict(server(), listen="[::1]:0"),
     })
     with Shim(config) as shim:
         yield Stage(shim)
@@ -223,7 +223,7 @@ def upsds(pki, nut_installed, database):            # pylint: disable=unused-arg
 def fronts(servers, pki):
     """Client shims in one process: to each server shim, and to the mutual one with each client certificate."""
     def client(server, **options):
-        return dict({"role": "client", "listen": "127.0.0.1:%d" % free_port(), "trust": pki.ca.cert, "crl": pki.crl,
+        return dict({"role": "client", "listen": "127.0.0.1:0", "trust": pki.ca.cert, "crl": pki.crl,
                      "upstream": "localhost:%d" % servers.ports[server]}, **options)
     config = {name: client(name) for name in list(SERVERS.values()) + ["server"]}
     config["with-client"] = client("mutual", certificate=pki.client.file)
@@ -237,7 +237,7 @@ def fronts(servers, pki):
 def upsd_fronts(upsds, pki):
     """Client shims in one process, to each upsd with STARTTLS of its own."""
     def client(port, **options):
-        return dict({"role": "client", "listen": "127.0.0.1:%d" % free_port(), "upstream": "localhost:%d" % port,
+        return dict({"role": "client", "listen": "127.0.0.1:0", "upstream": "localhost:%d" % port,
                      "trust": pki.ca.cert, "crl": pki.crl}, **options)
     config = {name: client(port) for name, port in upsds.items()}
     config["old-allowed"] = client(upsds["old"], min_tls="1.2")
@@ -304,8 +304,8 @@ def test_client_shim_without_the_certificate_that_its_server_requires(shim, pki)
     """
     with FalseServer(tls(pki.server, ca=pki.ca.cert)) as server:
         base = {"role": "client", "upstream": "localhost:%d" % server.port, "trust": pki.ca.cert}
-        running = shim({"without": dict(base, listen="127.0.0.1:%d" % free_port()),
-                        "with": dict(base, listen="127.0.0.1:%d" % free_port(), certificate=pki.client.file)})
+        running = shim({"without": dict(base, listen="127.0.0.1:0"),
+                        "with": dict(base, listen="127.0.0.1:0", certificate=pki.client.file)})
         assert silent_end(running.port("without"))
         assert upsc(running.port("with"), "ups.status").stdout == "OL\n"
 
@@ -360,8 +360,7 @@ def verifies(stage, shim, *cases):
     config, cases = {}, [(server, dict(options), words) for server, options, words in cases]
     for number, (server, options, _) in enumerate(cases):
         upstream = "%s:%d" % (options.pop("host", "localhost"), stage.ports[server])
-        listen = "127.0.0.1:%d" % free_port()
-        config["case%d" % number] = dict({"role": "client", "listen": listen, "upstream": upstream}, **options)
+        config["case%d" % number] = dict({"role": "client", "listen": "127.0.0.1:0", "upstream": upstream}, **options)
     running = shim(config)
     ports = {name: port for name, _, port in running.listening}
     for number, (server, options, words) in enumerate(cases):
@@ -449,7 +448,7 @@ def test_upstream_by_address(servers, shim, pki):
 def test_two_servers_of_different_cas(servers, shim, pki):
     """One process reaches two servers that trust different CAs, with a client certificate for each."""
     def client(server, authority, certificate):
-        return {"role": "client", "listen": "127.0.0.1:%d" % free_port(), "trust": authority.cert,
+        return {"role": "client", "listen": "127.0.0.1:0", "trust": authority.cert,
                 "upstream": "localhost:%d" % servers.ports[server], "certificate": certificate.file}
     running = shim({"first": client("mutual", pki.ca, pki.client),
                     "second": client("other", pki.other_ca, pki.unknown_client),
@@ -495,7 +494,7 @@ def test_revoked_intermediate_ca(shim, nut, pki):
     """Where lists of root and intermediate CA are given, what a revoked intermediate CA has issued is refused."""
     client = pki.sub_ca.issue("sub_client", "DNS:client.example")
     config = {"server": {
-        "role": "server", "listen": "127.0.0.1:%d" % free_port(), "upstream": "127.0.0.1:%d" % nut.port,
+        "role": "server", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % nut.port,
         "certificate": pki.server.file, "client_certificate": "require", "trust": pki.ca.cert}}
     running = shim(config)
     port = running.port("server")
@@ -633,7 +632,7 @@ def test_bad_trust(pki, tmp_path):
     paths = bad_trust(pki, tmp_path)
     text, lines = "", {}
     for number, (name, path) in enumerate(paths.items()):
-        text += "[s%d]\nrole = client\nupstream = localhost\nlisten = 127.0.0.1:%d\n" % (number, free_port())
+        text += "[s%d]\nrole = client\nupstream = localhost\nlisten = 127.0.0.1:0\n" % number
         lines[name] = text.count("\n") + 1
         text += "trust = %s\n" % path
     config = write(str(tmp_path / "nutshim.conf"), config_text(text, str(tmp_path)))
@@ -735,7 +734,7 @@ def test_key_and_certificate_in_any_order(pki, tmp_path, nut, shim):
     for name, text, options in (("key-first", key + own + chain, {}), ("key-last", own + chain + key, {}),
                                 ("key-between", own + key + chain, {}), ("apart", own + chain, {"key": chained.key}),
                                 ("with-text", "the key\n" + key + "the rest\n" + own + chain, {})):
-        config[name] = dict(role="server", listen="127.0.0.1:%d" % free_port(), upstream="127.0.0.1:%d" % nut.port,
+        config[name] = dict(role="server", listen="127.0.0.1:0", upstream="127.0.0.1:%d" % nut.port,
                             certificate=write(tmp_path / name, text), **options)
     running = shim(config)
     for name in config:
@@ -752,8 +751,8 @@ def test_kinds_of_keys(pki, tmp_path):
             write(cert.key, openssl("ecparam", "-name", "prime256v1") + openssl("ec", "-in", cert.key))
         elif kind == "RSA-PRIVATE-KEY":
             write(cert.key, openssl("rsa", "-in", cert.key, "-traditional"))
-        text += "[%s]\nrole = server\nlisten = 127.0.0.1:%d\ncertificate = %s\nkey = %s\n" % (
-            kind, free_port(), cert.cert, cert.key)
+        text += "[%s]\nrole = server\nlisten = 127.0.0.1:0\ncertificate = %s\nkey = %s\n" % (
+            kind, cert.cert, cert.key)
         pins.append(cert.pin)
     done = run_shim("-t", "-f", write(tmp_path / "nutshim.conf", text))
     assert done.returncode == 0 and all(pin in done.stdout for pin in pins), done
@@ -845,7 +844,7 @@ def test_expiry_in_the_log(shim, dated, nut, tmp_path):
           "time.monotonic = lambda: real() + 86401 * os.path.exists(%r)\n" % str(skip))
 
     def server(days):
-        return {"role": "server", "listen": "127.0.0.1:%d" % free_port(), "upstream": "127.0.0.1:%d" % nut.port,
+        return {"role": "server", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % nut.port,
                 "certificate": dated[days].file}
     config = {"past": server(-3), "soon": server(5), "near": server(29), "far": server(31), "good": server(400)}
     config["trusting"] = dict(server(400), client_certificate="request", trust=dated["trust"].cert)
