@@ -520,7 +520,7 @@ class Conversation:
         self.local = ()         # A deque of (commands sent before it, reply), once one has to wait.
         self.sent = 0           # Commands passed to upsd.
         self.got = 0            # Replies that have ended.
-        self.seen = []          # (verb, words) for the log; whoever logs them empties it.
+        self.seen: list = []    # (verb, words) for the log; whoever logs them empties it.
         self.stateless = True   # Nothing but STATELESS was sent.
         self.repeatable = True  # Nothing but REPEATABLE was sent.
         self.leaving = False    # LOGOUT was answered here, or will be in its turn.
@@ -558,7 +558,8 @@ class Conversation:
         if len(data) < 128 and _one_command(data) and not self._commands.pending and not self._trace:
             self.sent += 1
             return data, b""
-        up, back = [], []
+        up: list = []
+        back: list = []
         commands = self._commands.feed(data)
         for raw, words, odd in commands:
             verb = words[0].upper() if words else b""
@@ -925,7 +926,9 @@ class Log:
     def __init__(self, debug: int = 0):
         self.debug = debug                  # 1 and more: protocol words
         self.hold = False
-        self.lines, self._lost, self._limited, self._sock = [], 0, {}, None
+        self.lines: list = []
+        self._limited: dict = {}
+        self._lost, self._sock = 0, None
         self.fd = -1
         self.use("stderr", 2)
 
