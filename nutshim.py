@@ -1783,7 +1783,8 @@ class Loop:
         self.stopping = self.finished = False
         self._next = float("inf")               # When the earliest deadline may be due.
         self._timers = []                       # (when, callback)
-        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._spare = None                      # A descriptor held back for when there are no others.
+        self.hold_spare()
         reader, self._waker = socket.socketpair()
         reader.setblocking(False)
         self._waker.setblocking(False)
@@ -1903,21 +1904,31 @@ class Loop:
             self.guarded(session, session.start)
 
     def _exhausted(self, listener, error):
-        """Without descriptors a connection cannot even be refused, so one is held back for that."""
+        """Without descriptors a connection cannot even be refused but with the one held back."""
         listener.shim.refused[Reason.RESOURCES.value] += 1
         self.log.limited(ERROR, "accept", "[%s] a new session is refused: %s" % (listener.shim.name, error.strerror))
-        try:
-            os.close(self._spare)
-            listener.sock.accept()[0].close()
-            self._spare = os.open(os.devnull, os.O_RDONLY)
-        except (OSError, TypeError):
-            self._spare = None
-            self.mute(listener)
+        sock = self.accept_with_spare(listener)
+        if sock:
+            sock.close()
+            self.hold_spare()
 
-    def mute(self, listener):
-        """Nothing helps, so look at it again in a second, rather than all the time."""
-        listener.want(0)
-        self.at(1, lambda: listener.closed or listener.want(READ))
+    def hold_spare(self):
+        try:
+            self._spare = self._spare or os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            pass                                # Tried again when a listener has rested.
+
+    def accept_with_spare(self, listener):
+        """The next connection, in the spare descriptor's place, or None: then the listener rests a second."""
+        try:
+            if self._spare:
+                os.close(self._spare)
+                self._spare = None
+            return listener.sock.accept()[0]
+        except OSError:
+            listener.want(0)
+            self.at(1, lambda: (self.hold_spare(), listener.closed or listener.want(READ)))
+            return None
 
 
 # --- Status --------------------------------------------------------------------------------------
@@ -2344,7 +2355,10 @@ class Daemon:
         except BlockingIOError:
             return
         except OSError:
-            return self.loop.mute(listener)
+            sock = self.loop.accept_with_spare(listener)
+            if not sock:
+                return
+            self.loop.hold_spare()
         sock.setblocking(False)
         side = Side(self.loop.selector, sock, None, lambda: self._control_read(side))
 
