@@ -302,13 +302,12 @@ def _read_section(path, section, role, faults):
     wanted = (GLOBAL,) if role == GLOBAL else (SHIM, role)
     conf = Conf(name=name, role=role, path=path, line=line, lines={option: at for option, (at, _) in given.items()})
     places = {option.name: option.where for option in OPTIONS}
+    expected = {None: "no such option; 'nutshim.py -h' lists them", SHIM: "expected in a [section]",
+                GLOBAL: "expected a global option above the first [section]"}
     for option in given:
         where = places.get(option)
-        if where is None:
-            faults.append(conf.at(option) + "no such option; 'nutshim.py -h' lists them")
-        elif where not in wanted:
-            faults.append(conf.at(option) + "expected %s" % {
-                GLOBAL: "a global option above the first [section]", SHIM: "in a [section]"}.get(where, "in a shim with role = " + where))
+        if where not in wanted:
+            faults.append(conf.at(option) + expected.get(where, "expected in a shim with role = %s" % where))
     for option in OPTIONS:
         if option.where not in wanted:
             continue
@@ -325,27 +324,22 @@ def _read_section(path, section, role, faults):
         setattr(conf, option.name, value)
     if role == GLOBAL:
         return conf
-    if role == SERVER:
-        asks = conf.client_certificate != "none"
-        rules = (
-            (not conf.certificate, "certificate", "expected one: mkNUTcert.py makes it"),
-            (asks and not conf.trust, "trust", "expected with client_certificate = %s" % conf.client_certificate),
-            (not asks and any(identity != "*" for identity, _ in conf.permit or ()), "permit",
-             "names need client_certificate = request or require"))
-        useless = () if asks else ("trust", "pin", "crl")
-    else:
-        checks = conf.verify in ("full", "chain")
-        rules = (
-            (not conf.upstream, "upstream", "expected the host of the server shim"),
-            (checks and not conf.trust, "trust", "expected with verify = %s" % conf.verify),
-            (conf.verify == "pin" and not conf.pin, "pin", "expected with verify = pin"))
-        useless = () if checks else ("trust", "crl")
-    rules += ((conf.key and not conf.certificate, "key", "has no effect without certificate"),
-              (any(host == "*" for host, _ in conf.upstream or ()), "upstream", "expected HOST[:PORT], not *"))
-    rules += tuple((getattr(conf, option), option, "has no effect with %s = none" % (
-        "client_certificate" if role == SERVER else "verify") if role == SERVER or conf.verify == "none"
-        else "has no effect with verify = pin") for option in useless)
-    faults += [conf.at(option) + text for bad, option, text in rules
+    server = role == SERVER
+    how = conf.client_certificate if server else conf.verify
+    mode = "%s = %s" % ("client_certificate" if server else "verify", how)
+    checks = how not in ("none", "pin")
+    rules = [
+        ("certificate", server and not conf.certificate, "expected one: mkNUTcert.py makes it"),
+        ("upstream", not conf.upstream, "expected the host of the server shim"),
+        ("upstream", any(host == "*" for host, _ in conf.upstream or ()), "expected HOST[:PORT], not *"),
+        ("trust", checks and not conf.trust, "expected with " + mode),
+        ("pin", how == "pin" and not conf.pin, "expected with " + mode),
+        ("key", conf.key and not conf.certificate, "has no effect without certificate"),
+        ("permit", server and not checks and any(identity != "*" for identity, _ in conf.permit or ()),
+         "names need client_certificate = request or require")]
+    rules += [(option, not checks and getattr(conf, option), "has no effect with " + mode)
+              for option in ["trust", "crl"] + ["pin"] * server]
+    faults += [conf.at(option) + text for option, bad, text in rules
                if bad and (getattr(conf, option) is not None or option not in given)]      # A bad value has its fault.
     return conf
 
