@@ -87,7 +87,7 @@ KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 def _number(low, high):
     def parse(text, _base):
         if not re.match("[0-9]{1,9}$", text) or not low <= int(text) <= high:
-            raise ValueError("expected a whole number from %d to %d" % (low, high))
+            raise ValueError(f"expected a whole number from {low} to {high}")
         return int(text)
     return parse
 
@@ -95,7 +95,7 @@ def _number(low, high):
 def _choice(*words):
     def parse(text, _base):
         if text not in words:
-            raise ValueError("expected %s" % " or ".join(words))
+            raise ValueError("expected " + " or ".join(words))
         return text
     return parse
 
@@ -120,9 +120,9 @@ def _address(text, _base):
     elif numeric_family(text) == socket.AF_INET6:
         host, port = text, None
     else:
-        raise ValueError("expected HOST[:PORT], an IPv6 address in brackets, a port up to 65535, not '%s'" % text)
+        raise ValueError(f"expected HOST[:PORT], an IPv6 address in brackets, a port up to 65535, not '{text}'")
     if any(c > "~" for c in host):
-        raise ValueError("expected ASCII, an international name in its xn-- form, not '%s'" % text)
+        raise ValueError(f"expected ASCII, an international name in its xn-- form, not '{text}'")
     return host, int(port) if port else None
 
 
@@ -132,7 +132,7 @@ def _pin(text, _base):
             return text
     except binascii.Error:
         pass
-    raise ValueError("expected sha256//BASE64 as 'nutshim.py -t' prints it, not '%s'" % text)
+    raise ValueError(f"expected sha256//BASE64 as 'nutshim.py -t' prints it, not '{text}'")
 
 
 def _network(text, _base):
@@ -140,19 +140,19 @@ def _network(text, _base):
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:
-        raise ValueError("expected ADDRESS or ADDRESS/BITS: %s" % error) from None
+        raise ValueError(f"expected ADDRESS or ADDRESS/BITS: {error}") from None
 
 
 def _permit(text, base):
     identity, _, access = (part.strip() for part in text.rpartition(":"))
     if access not in CLASSES:
-        raise ValueError("expected IDENTITY: %s, not '%s'" % (" or ".join(CLASSES), text))
+        raise ValueError(f"expected IDENTITY: {' or '.join(CLASSES)}, not '{text}'")
     if identity.startswith("sha256//"):
         return _pin(identity, base), access
     if identity != "*" and not re.match(r"(CN=|DNS:|IP:|URI:|email:)\S", identity):
-        raise ValueError("expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '%s'" % identity)
+        raise ValueError(f"expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '{identity}'")
     if identity.startswith("IP:") and not numeric_family(identity[3:]):
-        raise ValueError("expected an address behind IP:, not '%s'" % identity)
+        raise ValueError(f"expected an address behind IP:, not '{identity}'")
     return normal_name(identity), access
 
 
@@ -237,8 +237,12 @@ class Conf(types.SimpleNamespace):
 
     def at(self, option):
         """FILE:LINE of an option, as messages begin."""
-        return "%s:%d: %s%s: " % (self.path, self.lines.get(option, self.line),
-                                  "[%s] " % self.name if self.name else "", option)
+        section = f"[{self.name}] " if self.name else ""
+        return f"{self.path}:{self.lines.get(option, self.line)}: {section}{option}: "
+
+    def error(self, option, what, error):
+        """The ConfigError for an option's file, address or user and its OSError."""
+        return ConfigError(f"{self.at(option)}{what}: {error.strerror}")
 
 
 def find_config() -> str:
@@ -249,7 +253,7 @@ def find_config() -> str:
     for path in paths:
         if os.path.exists(path):
             return path
-    raise ConfigError("no configuration file: looked for %s; name it with -f FILE" % ", ".join(paths))
+    raise ConfigError(f"no configuration file: looked for {', '.join(paths)}; name it with -f FILE")
 
 
 def read_config(path):
@@ -259,7 +263,7 @@ def read_config(path):
         with open(path, "rb") as file:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError as error:
-        raise ConfigError("%s: %s" % (path, error.strerror)) from None
+        raise ConfigError(f"{path}: {error.strerror}") from None
     faults = []
     sections = [(None, 1, {})]                  # (name, line, {option: (line, text)})
     for number, line in enumerate(lines, 1):
@@ -271,16 +275,16 @@ def read_config(path):
         if header:
             name = header.group(1)
             if any(name == section[0] for section in sections):
-                fault = "a second section [%s]: expected a name of its own for each shim" % name
+                fault = f"a second section [{name}]: expected a name of its own for each shim"
             sections.append((name, number, {}))
         elif line and not (name and text):
-            fault = "expected 'name = value' or '[section]', not '%s'" % line
+            fault = f"expected 'name = value' or '[section]', not '{line}'"
         elif name in given:
-            fault = "%s: stands already in line %d" % (name, given[name][0])
+            fault = f"{name}: stands already in line {given[name][0]}"
         elif line:
             given[name] = (number, text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text)
         if fault:
-            faults.append("%s:%d: %s" % (path, number, fault))
+            faults.append(f"{path}:{number}: {fault}")
     conf = _read_section(path, sections[0], GLOBAL, faults)
     conf.shims = []
     if "pidfile" not in conf.lines and not os.path.isdir("/run"):
@@ -290,9 +294,9 @@ def read_config(path):
         if role in (SERVER, CLIENT):
             conf.shims.append(_read_section(path, (name, line, given), role, faults))
         else:
-            faults.append("%s:%d: [%s] role: expected role = server or role = client" % (path, number, name))
+            faults.append(f"{path}:{number}: [{name}] role: expected role = server or role = client")
     if not sections[1:]:
-        faults.append("%s:1: expected a [section] for each shim, found none" % path)
+        faults.append(f"{path}:1: expected a [section] for each shim, found none")
     return conf, faults
 
 
@@ -307,7 +311,7 @@ def _read_section(path, section, role, faults):
     for option in given:
         where = places.get(option)
         if where not in wanted:
-            faults.append(conf.at(option) + expected.get(where, "expected in a shim with role = %s" % where))
+            faults.append(conf.at(option) + expected.get(where, f"expected in a shim with role = {where}"))
     for option in OPTIONS:
         if option.where not in wanted:
             continue
@@ -326,7 +330,7 @@ def _read_section(path, section, role, faults):
         return conf
     server = role == SERVER
     how = conf.client_certificate if server else conf.verify
-    mode = "%s = %s" % ("client_certificate" if server else "verify", how)
+    mode = f"{'client_certificate' if server else 'verify'} = {how}"
     checks = how not in ("none", "pin")
     rules = [
         ("certificate", server and not conf.certificate, "expected one: mkNUTcert.py makes it"),
@@ -360,9 +364,9 @@ def check_config(path, user=None, chroot=None):
         if conf.user:
             pwd.getpwnam(conf.user)
     except KeyError:
-        faults.append(conf.at("user") + "there is no user '%s' here" % conf.user)
+        faults.append(conf.at("user") + f"there is no user '{conf.user}' here")
     if conf.chroot and not os.path.isdir(conf.chroot):
-        faults.append(conf.at("chroot") + "%s is no directory" % conf.chroot)
+        faults.append(conf.at("chroot") + f"{conf.chroot} is no directory")
     if faults:
         raise ConfigError("\n".join(faults))
     return conf, credentials, warnings
@@ -411,7 +415,7 @@ class Commands:
 
     def _check(self, raw):
         if len(raw) > self.limit:
-            raise ProtocolError(Reason.BAD_LINE, "a command of more than %d bytes" % self.limit)
+            raise ProtocolError(Reason.BAD_LINE, f"a command of more than {self.limit} bytes")
         return raw
 
     def feed(self, data: bytes) -> list:
@@ -648,14 +652,14 @@ def starttls_reply(data: bytes) -> bool:
     if not newline and len(line) < MAX_REPLY_LINE:
         return False
     if not newline or line.split() not in ([b"OK", b"STARTTLS"], [b"OK"]):     # The TLS-Shims answer a bare OK.
-        raise ProtocolError(Reason.UPSTREAM, "no TLS there: STARTTLS was answered with '%s'" % printable(line[:80]))
+        raise ProtocolError(Reason.UPSTREAM, f"no TLS there: STARTTLS was answered with '{printable(line[:80])}'")
     return True
 
 
 def printable(data) -> str:
     """A peer's bytes or text, made safe for a log line."""
     text = data.decode("latin-1") if isinstance(data, bytes) else data
-    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else "\\x%02x" % ord(c) for c in text)
+    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 # --- Certificates and TLS ------------------------------------------------------------------------
@@ -720,7 +724,7 @@ def read_certificate(der: bytes) -> Certificate:
         # Safe for logs and terminals from here on; with an escape in it a name matches no permit line.
         return Certificate(list(map(printable, names)), pin, _der_time(*_der(validity[1])[1][:2]))
     except (IndexError, ValueError, OverflowError) as error:
-        raise ValueError("a certificate that cannot be read (%s)" % error) from None
+        raise ValueError(f"a certificate that cannot be read ({error})") from None
 
 
 def normal_name(name: str) -> str:
@@ -782,7 +786,7 @@ class Credentials:
 
     def _fault(self, option, path, error):
         text = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        self._faults.append("%s%s: %s" % (self._conf.at(option), path, text))
+        self._faults.append(f"{self._conf.at(option)}{path}: {text}")
 
     def _pem(self, option, path, kind):
         """A file's (text, certificates, their PEM blocks); all empty, and a fault noted, without that kind."""
@@ -790,7 +794,7 @@ class Credentials:
             with open(path, "rb") as file:
                 text = file.read().decode("latin-1")
             if kind + "-----" not in text:
-                raise ValueError("expected PEM with a %s, found none" % _PEM_KINDS[kind])
+                raise ValueError(f"expected PEM with a {_PEM_KINDS[kind]}, found none")
             blocks = re.findall(r"-----BEGIN CERTIFICATE-----.*?(?:-----END CERTIFICATE-----|\Z)", text, re.DOTALL)
             if kind == "X509 CRL" and blocks:
                 raise ValueError("expected nothing but revocation lists, found a certificate, which would be trusted")
@@ -812,12 +816,12 @@ class Credentials:
             self.context.load_cert_chain(conf.certificate, conf.key)
         except (OSError, ValueError) as error:
             if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-                error = "this key does not belong to the first certificate of %s" % conf.certificate
+                error = f"this key does not belong to the first certificate of {conf.certificate}"
             return self._fault(option, path, error)
         if os.stat(path).st_mode & stat.S_IROTH:
-            warnings.append("%s%s: everybody can read this private key; 'chmod o= %s'" % (conf.at(option), path, path))
+            warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; 'chmod o= {path}'")
         self.own = own[0]
-        self.expiries.append(("own certificate %s" % conf.certificate, own[0].not_after))
+        self.expiries.append((f"own certificate {conf.certificate}", own[0].not_after))
 
     def _load_trust(self):
         conf, context = self._conf, self.context
@@ -836,7 +840,7 @@ class Credentials:
                 for path in paths:
                     _, certificates, found = self._pem("trust", path, "CERTIFICATE")
                     blocks += found or [""]
-                    self.expiries += [("trusted certificate in %s" % path, each.not_after) for each in certificates]
+                    self.expiries += [(f"trusted certificate in {path}", each.not_after) for each in certificates]
                 if not blocks:
                     raise ValueError("expected PEM files with certificates, found none")
                 if any(blocks):
@@ -868,7 +872,7 @@ def describe_peer(sock) -> Peer:
     try:
         return Peer(sock.version(), sock.cipher()[0], *(read_certificate(der) if der else ([], "", 0)))
     except ValueError as error:
-        raise ssl.SSLError("the peer sent %s" % error) from None
+        raise ssl.SSLError(f"the peer sent {error}") from None
 
 
 _VERIFY_WORDS = {
@@ -884,11 +888,11 @@ def tls_error(error, name=None) -> str:
     reason = isinstance(error, ssl.SSLError) and error.reason or ""
     if isinstance(error, ssl.SSLCertVerificationError):
         if error.verify_code in (62, 64):
-            return "its certificate is not for this %s (%s): set server_name, or make a certificate with it" % (
-                "name" if error.verify_code == 62 else "address", name)
+            kind = "name" if error.verify_code == 62 else "address"
+            return f"its certificate is not for this {kind} ({name}): set server_name, or make a certificate with it"
         return _VERIFY_WORDS.get(error.verify_code, error.verify_message)
     if "ALERT_" in reason:
-        return "the peer refused with the TLS alert '%s'" % reason.partition("ALERT_")[2].lower().replace("_", " ")
+        return f"the peer refused with the TLS alert '{reason.partition('ALERT_')[2].lower().replace('_', ' ')}'"
     if "PROTOCOL" in reason or "VERSION" in reason:
         return "the peer speaks no TLS version that min_tls allows"
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
@@ -902,7 +906,7 @@ def days_text(not_after) -> str:
     days = (not_after - time.time()) / 86400
     if not_after >= NO_EXPIRY:
         return "never expires"
-    return "expires in %d days" % days if days >= 0 else "expired %d days ago" % -days
+    return f"expires in {int(days)} days" if days >= 0 else f"expired {int(-days)} days ago"
 
 
 # --- Log -----------------------------------------------------------------------------------------
@@ -957,11 +961,11 @@ class Log:
             self._limited[key] = (since, left_out + 1)
         else:
             self._limited[key] = (now, 0)
-            self(level, text + " (and %d more since the last such line)" % left_out if left_out else text)
+            self(level, text + f" (and {left_out} more since the last such line)" if left_out else text)
 
     def flush(self):
         lines, self.lines = self.lines, []
-        note = [(WARNING, "%d log lines were lost here" % self._lost)] if self._lost else []
+        note = [(WARNING, f"{self._lost} log lines were lost here")] if self._lost else []
         lines[:0] = note
         try:
             (self._to_syslog if self._syslog else self._to_file)(lines)
@@ -974,7 +978,7 @@ class Log:
         now = int(time.time())
         if now != self._second:
             self._second = now
-            self._stamp = time.strftime("%Y-%m-%d %H:%M:%S nutshim[") + "%d] " % os.getpid()
+            self._stamp = time.strftime("%Y-%m-%d %H:%M:%S ") + f"nutshim[{os.getpid()}] "
         data = "".join([self._stamp + _LEVELS[level] + text + "\n" for level, text in lines]).encode("utf-8", "replace")
         while data:
             cut = data.rfind(b"\n", 0, 4096) + 1 or 4096
@@ -995,7 +999,7 @@ class Log:
         try:
             while lines:
                 level, text = lines[0]
-                packet = "<%d>%s nutshim[%d]: %s" % (3 * 8 + level, time.strftime("%b %e %H:%M:%S"), os.getpid(), text)
+                packet = f"<{3 * 8 + level}>{time.strftime('%b %e %H:%M:%S')} nutshim[{os.getpid()}]: {text}"
                 self._sock.send(packet.encode("utf-8", "replace")[:2048])
                 del lines[0]
         except BlockingIOError:
@@ -1024,7 +1028,8 @@ def numeric_family(host: str):
 
 
 def address_text(address) -> str:
-    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def look_up(host: str, port: int) -> list:
@@ -1221,7 +1226,7 @@ class Session:
         self.bytes_in = self.bytes_out = 0
         self.failures, self.ending = [], None
         self.number = shim.count(address)
-        self.prefix = "[%s] #%d %s: " % (shim.name, self.number, address_text(address))
+        self.prefix = f"[{shim.name}] #{self.number} {address_text(address)}: "
 
     def start(self):
         self.log(INFO, "opened")
@@ -1259,7 +1264,7 @@ class Session:
         local = self.shim.conf.plaintext == "localhost" and is_loopback(self.address[0])
         reply, verdict, plain = self.greeting.feed(data, local)
         if self.loop.log.debug:
-            self.log(DEBUG, "before TLS: %d bytes, %s" % (len(data), verdict or "no STARTTLS yet"))
+            self.log(DEBUG, f"before TLS: {len(data)} bytes, {verdict or 'no STARTTLS yet'}")
         if reply:
             self.client.send(reply)
         if verdict == "tls":
@@ -1280,7 +1285,7 @@ class Session:
             if self.access is None:
                 self.client.send(ACCESS_DENIED)
                 return self.finish(Reason.PERMIT, ", ".join(identities) or "no certificate")
-            self.log(INFO, "access class %s" % self.access)
+            self.log(INFO, f"access class {self.access}")
         self._start_talk(starttls)
         self._dial()
 
@@ -1323,8 +1328,8 @@ class Session:
             return self._tls_failed(side, Reason.TLS, _VERIFY_WORDS[10])     # A resumed session skips the dates.
         pins = self.shim.conf.pin
         if pins and peer.pin not in pins and (peer.pin or not self.shim.server):
-            return self._tls_failed(side, Reason.PIN, "it has %s" % peer.pin)
-        self.log(INFO, "TLS up: %s, %s, %s" % (peer.version, peer.cipher, ", ".join(peer.names) or peer.pin or "no certificate"))
+            return self._tls_failed(side, Reason.PIN, f"it has {peer.pin}")
+        self.log(INFO, f"TLS up: {peer.version}, {peer.cipher}, {', '.join(peer.names) or peer.pin or 'no certificate'}")
         if self.shim.server:
             self._admit(ALREADY_TLS, peer.names + [peer.pin] if peer.pin else [])
         else:
@@ -1337,7 +1342,7 @@ class Session:
         elif self.shim.server:
             self.finish(reason, text)           # Not close(), or a reset could overtake the alert.
         else:
-            self._target_failed(text if reason is Reason.TLS else "%s: %s" % (reason.value, text))
+            self._target_failed(text if reason is Reason.TLS else f"{reason.value}: {text}")
 
     # Upstream: each address of each target in order, all within one deadline.
 
@@ -1367,7 +1372,7 @@ class Session:
             if self.addresses:
                 self._next_address()
             else:
-                self._target_failed("the name cannot be resolved: %s" % error)
+                self._target_failed(f"the name cannot be resolved: {error}")
 
     def _connect(self, family, address):
         try:
@@ -1402,7 +1407,7 @@ class Session:
         if data is None:
             return
         if not data:
-            return self._target_failed("closed before it answered STARTTLS %s" % side.error)
+            return self._target_failed(f"closed before it answered STARTTLS {side.error}")
         self.greeting += data
         try:
             if starttls_reply(self.greeting):
@@ -1411,7 +1416,7 @@ class Session:
             self._target_failed(str(error))
 
     def _target_failed(self, text):
-        self.target.failed = failure = "%s: %s" % (self.target.text, text.strip())
+        self.target.failed = failure = f"{self.target.text}: {text.strip()}"
         self.failures.append(failure)
         self._next_address()
 
@@ -1511,14 +1516,14 @@ class Session:
     def _note(self, seen):
         for verb, words in seen:
             if self.loop.log.debug:
-                words_shown = words[:1] + [b"..."] if verb == b"PASSWORD" else words
-                self.log(DEBUG, "command '%s'" % printable(b" ".join(words_shown)))
+                shown = printable(b" ".join(words if verb != b"PASSWORD" else [verb, b"..."]))
+                self.log(DEBUG, f"command '{shown}'")
             if verb in NOTED and len(words) == 2:
                 if verb == b"USERNAME":
                     self.user = printable(words[1])
                 else:
                     self.ups = printable(words[1])
-                self.log(INFO, "%s %s" % (verb.decode(), printable(words[1])))
+                self.log(INFO, f"{verb.decode()} {printable(words[1])}")
         seen.clear()
 
     # Ends.
@@ -1590,8 +1595,8 @@ class Session:
             else:
                 self.close(Reason.STALL if full else Reason.IDLE)
         elif self.state in (GREETING, HANDSHAKE):
-            self.close(Reason.TIMEOUT, "no %s within %d s" % (
-                "STARTTLS" if self.state == GREETING else "end of the TLS handshake", conf.handshake_timeout))
+            what = "STARTTLS" if self.state == GREETING else "end of the TLS handshake"
+            self.close(Reason.TIMEOUT, f"no {what} within {conf.handshake_timeout} s")
         else:
             self.close(Reason.CLIENT)
 
@@ -1615,8 +1620,9 @@ class Session:
         ordinary = reason in ORDINARY and not (reason is Reason.UPSD and detail)
         if not ordinary:
             self.shim.refused[reason.value] += 1
-        text = "closed: %s%s, %.1f s, %d bytes in, %d bytes out" % (
-            reason.value, " (%s)" % detail if detail else "", self.loop.now - self.began, self.bytes_in, self.bytes_out)
+        why = f"{reason.value} ({detail})" if detail else reason.value
+        seconds = self.loop.now - self.began
+        text = f"closed: {why}, {seconds:.1f} s, {self.bytes_in} bytes in, {self.bytes_out} bytes out"
         if reason is Reason.RESOURCES:
             self.loop.log.limited(WARNING, reason, self.prefix + text)
         else:
@@ -1657,7 +1663,7 @@ class Target:
             self.addresses, self._fresh_until = found, loop.now + RESOLVE_TTL
         elif self.addresses:
             self._fresh_until = loop.now + RATE_LIMIT
-            loop.log(WARNING, "%s: the name cannot be resolved, going on with the old addresses: %s" % (self.text, error))
+            loop.log(WARNING, f"{self.text}: the name cannot be resolved, going on with the old addresses: {error}")
         for then in waiting:
             then(self, error)
 
@@ -1818,9 +1824,9 @@ class Loop:
             trace = error.__traceback__
             while trace:
                 code = trace.tb_frame.f_code
-                self.log(ERROR, "  %s:%d, in %s" % (code.co_filename, trace.tb_lineno, code.co_name))
+                self.log(ERROR, f"  {code.co_filename}:{trace.tb_lineno}, in {code.co_name}")
                 trace = trace.tb_next
-            self.log(ERROR, "%s: %s" % (type(error).__name__, error))
+            self.log(ERROR, f"{type(error).__name__}: {error}")
             if session:
                 session.close(Reason.BUG)
 
@@ -1888,8 +1894,7 @@ class Loop:
             reason = shim.refusal(address[0])
             if reason:
                 shim.refused[reason.value] += 1
-                self.log.limited(WARNING, (shim.name, reason), "[%s] %s: refused: %s" % (
-                    shim.name, address_text(address), reason.value))
+                self.log.limited(WARNING, (shim.name, reason), f"[{shim.name}] {address_text(address)}: refused: {reason.value}")
                 sock.close()
                 continue
             sock.setblocking(False)
@@ -1900,7 +1905,7 @@ class Loop:
     def _exhausted(self, listener, error):
         """Without descriptors a connection cannot even be refused but with the one held back."""
         listener.shim.refused[Reason.RESOURCES.value] += 1
-        self.log.limited(ERROR, "accept", "[%s] a new session is refused: %s" % (listener.shim.name, error.strerror))
+        self.log.limited(ERROR, "accept", f"[{listener.shim.name}] a new session is refused: {error.strerror}")
         sock = self.accept_with_spare(listener)
         if sock:
             sock.close()
@@ -1952,14 +1957,14 @@ def status_data(daemon):
 
 
 def status_table(data):
-    lines = ["nutshim %(version)s, process %(pid)d, up %(seconds)d s" % data]
+    lines = ["nutshim {version}, process {pid}, up {seconds} s".format(**data)]
     for shim in data["shims"]:
-        lines.append("[%s] %s, listening on %s" % (shim["name"], shim["role"], ", ".join(shim["listen"])))
-        lines += ["    upstream %(address)s: %(state)s" % target for target in shim["upstream"]]
-        lines += ["    %(what)s: %(days_left)d days left" % each for each in shim["certificates"]]
-        lines.append("    sessions %(sessions)d now, %(sessions_total)d since start; upstream sessions: "
-                     "%(upstream_fresh)d fresh, %(upstream_reused)d times reused, %(kept)d kept" % shim)
-        lines += ["    refused %d: %s" % (count, reason) for reason, count in sorted(shim["refused"].items())]
+        lines.append(f"[{shim['name']}] {shim['role']}, listening on {', '.join(shim['listen'])}")
+        lines += [f"    upstream {target['address']}: {target['state']}" for target in shim["upstream"]]
+        lines += [f"    {each['what']}: {each['days_left']} days left" for each in shim["certificates"]]
+        lines.append("    sessions {sessions} now, {sessions_total} since start; upstream sessions: {upstream_fresh} fresh, "
+                     "{upstream_reused} times reused, {kept} kept".format(**shim))
+        lines += [f"    refused {count}: {reason}" for reason, count in sorted(shim["refused"].items())]
     columns = ("number", "shim", "peer", "seconds", "state", "tls", "class", "user", "ups", "bytes_in", "bytes_out", "identity")
     rows = [columns] + [tuple(map(str, map(session.get, columns[:-1]))) + (", ".join(session["identity"]),)
                         for session in data["sessions"]]
@@ -1969,11 +1974,11 @@ def status_table(data):
 
 def status_prometheus(data):
     """The numbers in the text format of Prometheus."""
-    lines = ["nutshim_up_seconds %d" % data["seconds"]]
+    lines = [f"nutshim_up_seconds {data['seconds']}"]
     for shim in data["shims"]:
         def metric(name, value, shim=shim, **labels):
-            pairs = ['%s="%s"' % pair for pair in dict(labels, shim=shim["name"]).items()]
-            lines.append("nutshim_%s{%s} %d" % (name, ",".join(pairs), value))
+            pairs = ",".join(f'{label}="{text}"' for label, text in dict(labels, shim=shim["name"]).items())
+            lines.append(f"nutshim_{name}{{{pairs}}} {int(value)}")
         for name in ("sessions", "sessions_total", "upstream_fresh", "upstream_reused", "kept"):
             metric(name, shim[name])
         for reason, count in shim["refused"].items():
@@ -1998,7 +2003,7 @@ def ask_daemon(conf, word):
             sock.sendall(word.encode() + b"\n")
             answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
         except OSError as error:
-            return 1, "no nutshim answers at %s: %s" % (control_path(conf), error.strerror or error)
+            return 1, f"no nutshim answers at {control_path(conf)}: {error.strerror or error}"
     status, _, text = answer.partition("\n")
     return (0 if status == "OK" else 1), text
 
@@ -2029,11 +2034,11 @@ def _probe(conf, context, host, port):
     sock = None
 
     def say(step, text):
-        print("%-12s%s" % (step, text), flush=True)
+        print(f"{step:12}{text}", flush=True)
     try:
         step = "resolve"
         found = look_up(host, port)
-        say(step, "%s: %s" % (host, ", ".join(address_text(address) for _, address in found)))
+        say(step, f"{host}: {', '.join(address_text(address) for _, address in found)}")
         step = "connect"
         sock = _probe_connect(found, conf.handshake_timeout)
         say(step, address_text(sock.getpeername()))
@@ -2045,15 +2050,15 @@ def _probe(conf, context, host, port):
             sock = context.wrap_socket(sock, server_hostname=name.encode("ascii"))
         except ssl.SSLCertVerificationError as error:
             step = "name" if error.verify_code in (62, 64) else "chain"
-            raise ValueError("%s. %s" % (tls_error(error, name), _probe_stranger(conf, found, name))) from None
+            raise ValueError(f"{tls_error(error, name)}. {_probe_stranger(conf, found, name)}") from None
         peer = describe_peer(sock)
-        say(step, "%s, %s" % (peer.version, peer.cipher))
-        say("certificate", "%s, %s" % (", ".join(peer.names) or "without names", days_text(peer.not_after)))
-        say("chain", "OK" if conf.verify in ("full", "chain") else "not checked, as verify = %s" % conf.verify)
-        say("name", "%s OK" % name if conf.verify == "full" else "not checked, as verify = %s" % conf.verify)
+        say(step, f"{peer.version}, {peer.cipher}")
+        say("certificate", f"{', '.join(peer.names) or 'without names'}, {days_text(peer.not_after)}")
+        say("chain", "OK" if conf.verify in ("full", "chain") else f"not checked, as verify = {conf.verify}")
+        say("name", f"{name} OK" if conf.verify == "full" else f"not checked, as verify = {conf.verify}")
         step = "pin"
         if conf.pin and peer.pin not in conf.pin:
-            raise ValueError("the server's key has the pin %s, which pin does not name" % peer.pin)
+            raise ValueError(f"the server's key has the pin {peer.pin}, which pin does not name")
         say(step, peer.pin + (" OK" if conf.pin else ""))
         step = "upsd"
         for command in (b"VER\n", b"LIST UPS\n"):
@@ -2062,18 +2067,16 @@ def _probe(conf, context, host, port):
             while not ends:
                 data = sock.recv(CHUNK)
                 if not data:
-                    raise ValueError("closed before it answered %s: does upsd run there? The server shim's log tells"
-                                     % command.decode().strip())
+                    raise ValueError(f"closed before it answered {command.decode().strip()}: does upsd run there? The server shim's log tells")
                 answer, ends = answer + data, replies.feed(data)
             if answer.startswith(b"ERR"):
-                raise ValueError("%s was answered with '%s': what does permit say there?" % (
-                    command.decode().strip(), printable(answer.strip())))
+                raise ValueError(f"{command.decode().strip()} was answered with '{printable(answer.strip())}': what does permit say there?")
             for line in answer.splitlines():
                 say(step, printable(line))
         return True
     except (OSError, ValueError, ProtocolError) as error:
-        words = "no answer within %d s" % conf.handshake_timeout if isinstance(error, socket.timeout) else tls_error(error, name)
-        say(step, "FAILED with %s: %s" % (address_text((host, port)), words))
+        words = f"no answer within {conf.handshake_timeout} s" if isinstance(error, socket.timeout) else tls_error(error, name)
+        say(step, f"FAILED with {address_text((host, port))}: {words}")
         return False
     finally:
         if sock:
@@ -2114,8 +2117,8 @@ def _probe_stranger(conf, found, name):
                 peer = describe_peer(tls)
     except (OSError, ValueError, ProtocolError):
         return "It could not be looked at again"
-    return "The certificate is for %s, not for %s; it %s; its pin is %s" % (
-        ", ".join(peer.names) or "nobody", name, days_text(peer.not_after), peer.pin)
+    names = ", ".join(peer.names) or "nobody"
+    return f"The certificate is for {names}, not for {name}; it {days_text(peer.not_after)}; its pin is {peer.pin}"
 
 
 # --- Daemon --------------------------------------------------------------------------------------
@@ -2151,7 +2154,7 @@ class Daemon:
         except ConfigError:
             self._remove_files()
             raise
-        self.log(NOTICE, "nutshim %s started, %s" % (VERSION, ssl.OPENSSL_VERSION))
+        self.log(NOTICE, f"nutshim {VERSION} started, {ssl.OPENSSL_VERSION}")
         self.notify("READY=1")
         ready()
         self._tell_expiries()
@@ -2165,7 +2168,7 @@ class Daemon:
         try:
             return target, self.log.open(target)
         except OSError as error:
-            raise ConfigError("%s%s: %s" % (conf.at("log"), conf.log, error.strerror)) from None
+            raise conf.error("log", conf.log, error) from None
 
     # Listeners.
 
@@ -2178,7 +2181,7 @@ class Daemon:
                 at = shim.conf.at("listen")
                 for key in self._listen_keys(shim.conf, at):
                     if key in wanted:
-                        raise ConfigError("%s%s is [%s]'s already" % (at, address_text(key[1]), wanted[key].name))
+                        raise ConfigError(f"{at}{address_text(key[1])} is [{wanted[key].name}]'s already")
                     sock = None
                     if key not in self.listeners:
                         sock = _take_handed_over(handed_over, key) or self._bind(key, at)
@@ -2197,9 +2200,9 @@ class Daemon:
         for key, shim in wanted.items():
             if key in opened:
                 self.listeners[key] = self.loop.listen(opened[key], shim)
-                self.log(INFO, "[%s] listening on %s (%s, upstream %s)" % (
-                    shim.name, address_text(opened[key].getsockname()), shim.conf.role,
-                    ", ".join(target.text for target in shim.targets)))
+                upstream = ", ".join(target.text for target in shim.targets)
+                self.log(INFO, f"[{shim.name}] listening on {address_text(opened[key].getsockname())} "
+                               f"({shim.conf.role}, upstream {upstream})")
             self.listeners[key].shim = shim
         for shim in self.loop.shims:
             shim.retire(shims)
@@ -2214,7 +2217,7 @@ class Daemon:
                 for where in ("0.0.0.0", "::") if host == "*" else (host,):
                     keys.update(((family, address, "" if port else conf.name), None) for family, address in look_up(where, port))
             except OSError as error:
-                raise ConfigError("%s%s: %s" % (at, host, error.strerror)) from None
+                raise ConfigError(f"{at}{host}: {error.strerror}") from None
         return keys
 
     def _bind(self, key, at):
@@ -2236,7 +2239,7 @@ class Daemon:
             if family == socket.AF_INET6 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 return None
             hint = {errno.EACCES: "; below 1024 a port needs root at the start", errno.EADDRINUSE: "; another program has it"}
-            raise ConfigError("%s%s: %s%s" % (at, address_text(address), error.strerror, hint.get(error.errno, ""))) from None
+            raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint.get(error.errno, '')}") from None
 
     def _handed_over(self):
         """The sockets that systemd has opened (sd_listen_fds(3))."""
@@ -2257,11 +2260,12 @@ class Daemon:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             number = os.read(fd, 20).decode("ascii", "replace").strip()
-            raise ConfigError("%s%s: nutshim is running already, as process %s" % (self.conf.at("pidfile"), path, number)) from None
+            raise ConfigError(f"{self.conf.at('pidfile')}{path}: nutshim is running already, as process {number}") from None
         except OSError as error:
+            fault = self.conf.error("pidfile", path, error)
             if not self.args.foreground:
-                raise ConfigError("%s%s: %s" % (self.conf.at("pidfile"), path, error.strerror)) from None
-            return self.log(WARNING, "%s%s: %s; -c will not work" % (self.conf.at("pidfile"), path, error.strerror))
+                raise fault from None
+            return self.log(WARNING, f"{fault}; -c will not work")
         os.ftruncate(fd, 0)
         os.write(fd, b"%d\n" % os.getpid())
         self._pidfile = fd
@@ -2273,7 +2277,7 @@ class Daemon:
             try:
                 account = pwd.getpwnam(conf.user or "nut")
             except KeyError:
-                self.log(WARNING, "%sgoing on as root, since there is no user nut" % conf.at("user"))
+                self.log(WARNING, conf.at("user") + "going on as root, since there is no user nut")
         if account and account.pw_uid == os.geteuid():
             account = None
         at = conf.at("user")
@@ -2300,7 +2304,7 @@ class Daemon:
             raise ConfigError(at + "the change of user did not work")
         for option, path in [("", conf.path)] + [(o, getattr(s, o)) for s in conf.shims for o in ("certificate", "key", "trust")]:
             if path and path != "system" and not os.access(path, os.R_OK):
-                self.log(WARNING, "%s: %s cannot read it, so a reload will fail" % (path, account.pw_name))
+                self.log(WARNING, f"{path}: {account.pw_name} cannot read it, so a reload will fail")
 
     def _open_notify(self):
         path = os.environ.get("NOTIFY_SOCKET")
@@ -2308,7 +2312,7 @@ class Daemon:
             self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._notify.setblocking(False)
             if self._notify.connect_ex("\0" + path[1:] if path[0] == "@" else path):
-                self.log(WARNING, "NOTIFY_SOCKET %s does not answer" % path)
+                self.log(WARNING, f"NOTIFY_SOCKET {path} does not answer")
             if os.environ.get("WATCHDOG_USEC", "").isdigit():
                 self._watchdog(int(os.environ["WATCHDOG_USEC"]) / 2e6)
 
@@ -2338,7 +2342,7 @@ class Daemon:
             sock.bind(path)
             os.umask(mask)
         except OSError as error:
-            raise ConfigError("%s%s: %s" % (self.conf.at("pidfile"), path, error.strerror)) from None
+            raise self.conf.error("pidfile", path, error) from None
         sock.listen(8)
         sock.setblocking(False)
         side = Side(self.loop.selector, sock, None, lambda: self._control_accept(side))
@@ -2391,7 +2395,7 @@ class Daemon:
         """Take the configuration anew; on a fault nothing changes. Returns the fault, or None."""
         if self.loop.stopping:
             return "nutshim is stopping"
-        self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        self.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
         old, log = self.conf, None
         try:
             conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
@@ -2404,14 +2408,14 @@ class Daemon:
         except (ConfigError, OSError) as error:
             if log and log[1] > 2:
                 os.close(log[1])
-            text = str(error) + ("\n(looked for inside the chroot %s)" % old.chroot if old.chroot else "")
+            text = str(error) + (f"\n(looked for inside the chroot {old.chroot})" if old.chroot else "")
             self.log(ERROR, "reload failed, going on as before:\n" + text)
             self.notify("READY=1")
             return text
         self.log.use(*log)
         if fixed:
-            self.log(WARNING, "%s: takes effect at the next start" % ", ".join(fixed))
-        self.log(NOTICE, "reloaded %s" % self.path)
+            self.log(WARNING, ", ".join(fixed) + ": takes effect at the next start")
+        self.log(NOTICE, f"reloaded {self.path}")
         self._tell_expiries()
         self.notify("READY=1")
         return None
@@ -2424,7 +2428,7 @@ class Daemon:
             for what, end in shim.credentials.expiries:
                 days = (end - time.time()) / 86400
                 self.log(ERROR if days < 0 else WARNING if days < EXPIRY_WARNING else INFO,
-                         "[%s] %s %s" % (shim.name, what, days_text(end)))
+                         f"[{shim.name}] {what} {days_text(end)}")
 
     def stop(self):
         """No new sessions, the replies under way, the end."""
@@ -2432,7 +2436,7 @@ class Daemon:
         if loop.stopping:
             return
         loop.stopping = True
-        self.log(NOTICE, "stopping with %d sessions" % len(loop.sessions))
+        self.log(NOTICE, f"stopping with {len(loop.sessions)} sessions")
         self.notify("STOPPING=1")
         for side in self.listeners.values():
             side.close()
@@ -2495,23 +2499,23 @@ def background(run):
 
 def print_check(conf, credentials, warnings):
     for text in warnings:
-        print("warning: %s" % text)
+        print(f"warning: {text}")
     for shim in conf.shims:
         held = credentials[shim.name]
-        print("[%s] %s on %s, upstream %s" % (shim.name, shim.role, ", ".join(map(address_text, shim.listen)),
-                                              ", ".join(map(address_text, shim.upstream))))
+        listen, upstream = (", ".join(map(address_text, addresses)) for addresses in (shim.listen, shim.upstream))
+        print(f"[{shim.name}] {shim.role} on {listen}, upstream {upstream}")
         for what, end in held.expiries:
-            print("    %s %s" % (what, days_text(end)))
+            print(f"    {what} {days_text(end)}")
         if held.own:
-            print("    its names: %s\n    pin = %s" % (", ".join(held.own.names), held.own.pin))
-    print("%s: no fault found" % conf.path)
+            print(f"    its names: {', '.join(held.own.names)}\n    pin = {held.own.pin}")
+    print(f"{conf.path}: no fault found")
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="nutshim.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="TLS 1.3 for NUT: in front of upsd (role server) and of upsmon, upsc, ... (role client).",
-        epilog="options in nutshim.conf:\n" + "\n".join("  %-25s %s" % (each.name, each.help) for each in OPTIONS))
+        epilog="options in nutshim.conf:\n" + "\n".join(f"  {each.name:25} {each.help}" for each in OPTIONS))
     add = parser.add_argument
     add("-f", metavar="FILE", dest="file", help="configuration file")
     add("-D", action="count", default=0, dest="debug", help="debug: foreground, log to stderr; repeat for more")
@@ -2523,7 +2527,7 @@ def main(argv=None) -> int:
     add("--json", action="store_const", const="json", dest="form", help="with -c status")
     add("--prometheus", action="store_const", const="prometheus", dest="form", help="with -c status")
     add("-p", metavar="NAME", dest="probe", help="probe client shim NAME's upstream")
-    add("-V", action="version", version="nutshim %s, Python %s, %s" % (VERSION, sys.version.split()[0], ssl.OPENSSL_VERSION))
+    add("-V", action="version", version=f"nutshim {VERSION}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}")
     args = parser.parse_args(argv)
     while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) <= 2:
         pass                                            # Started with 0, 1 or 2 closed: keep them from our sockets.
@@ -2539,7 +2543,7 @@ def main(argv=None) -> int:
             for shim in conf.shims:
                 if shim.name == args.probe and shim.role == CLIENT:
                     return probe(shim, credentials[shim.name].context)
-            raise ConfigError("%s: expected a client shim's name, there is no such [%s]" % (path, args.probe))
+            raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]")
         else:
             daemon = Daemon(path, args, Log(args.debug))
             return daemon.run(lambda: None) if args.foreground else background(daemon.run)
