@@ -3,8 +3,8 @@
 
 Real here are nutshim itself, the shells, systemd-analyze and mandoc. OpenWrt's, OpenRC's and
 FreeBSD's frameworks cannot run on this machine: stubs with the parts that our scripts use stand
-in for them. Fresh Debian machines, the .deb and foreign CPUs are packaging/test-debian's and
-packaging/test-arm's.
+in for them. Fresh Debian machines and the .deb are packaging/test-debian's, of which a short form is run here;
+foreign CPUs are packaging/test-arm's.
 """
 
 import configparser
@@ -702,6 +702,18 @@ def test_install_client_wants_to_know_whom_to_trust(tmp_path, pki):
     installed(other, "--pin", pki.server.pin, "client", "upsbox")
     assert parsed((other / "etc/nut/nutshim.conf").read_text())["upsbox"]["verify"] == "pin"
     assert run_shim("-t", "-f", str(other / "etc/nut/nutshim.conf")).returncode == 0
+
+
+@pytest.mark.usefixtures("nut_installed")
+def test_install_on_two_debian_machines(need):
+    """From nothing to a working upsc over the network by install server and install client, run again
+    they change nothing, and remove leaves nothing behind: on this machine's own files, seen through overlays."""
+    need("ip", "openssl")
+    overlays = "cd /mnt && mount -t tmpfs tmpfs . && cd /mnt && mkdir a b c && mount -t overlay -o lowerdir=/,upperdir=a,workdir=b overlay c"
+    if not IS_ROOT or run("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "sh", "-c", overlays).returncode:
+        pytest.skip("no namespaces with overlays here")
+    done = run(path_of("test-debian"), "--here", timeout=120)
+    assert done.returncode == 0 and done.stdout.endswith("\n== All passed\n"), done.stdout + done.stderr
 
 
 def test_install_of_both_roles_makes_one_file(need, tmp_path, pki):
