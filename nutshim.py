@@ -261,7 +261,7 @@ def read_config(path):
     path = os.path.abspath(path)
     try:
         with open(path, "rb") as file:
-            lines = file.read().decode("utf-8", "replace").splitlines()
+            lines = file.read().decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     faults = []
@@ -272,7 +272,9 @@ def read_config(path):
         name, _, text = (part.strip() for part in line.partition("="))
         given = sections[-1][2]
         fault = None
-        if header:
+        if not line.replace("\t", " ").isprintable():
+            fault = "a control character: expected text"
+        elif header:
             name = header.group(1)
             if any(name == section[0] for section in sections):
                 fault = f"a second section [{name}]: expected a name of its own for each shim"

@@ -268,9 +268,12 @@ def test_a_file_that_cannot_be_read(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith(str(path)) and words in err
     path = tmp_path / "binary"
-    path.write_bytes(bytes(range(256)) * 4)
-    assert nutshim.main(["-t", "-f", str(path)]) == 1
-    assert "%s:1: " % path in capsys.readouterr().err
+    for text, lines in ((bytes(range(256)) * 4, [1, 2]), (b"user = a\0b\n\x0b\nchroot = /\0\n\x1b[2J\n[s\x85]\n", [1, 3, 4])):
+        path.write_bytes(text)
+        assert nutshim.main(["-t", "-f", str(path)]) == 1
+        err = capsys.readouterr().err
+        assert all("%s:%d: a control character" % (path, line) in err for line in lines), err
+        assert err.replace("\n", "").isprintable()
 
 
 def test_unwise_options_are_warned_about(files, check, tmp_path):
