@@ -2304,9 +2304,11 @@ class Daemon:
             raise ConfigError(at + error.strerror) from None
         if (os.getresuid(), os.getresgid(), os.getgroups()) != ((account.pw_uid,) * 3, (account.pw_gid,) * 3, []):
             raise ConfigError(at + "the change of user did not work")
-        for option, path in [("", conf.path)] + [(o, getattr(s, o)) for s in conf.shims for o in ("certificate", "key", "trust")]:
+        for path in [conf.path] + [path for shim in conf.shims
+                                   for path in [shim.certificate, shim.key, shim.trust] + (shim.crl or [])]:
             if path and path != "system" and not os.access(path, os.R_OK):
-                self.log(WARNING, f"{path}: {account.pw_name} cannot read it, so a reload will fail")
+                self.log(WARNING, f"{path}: {account.pw_name} cannot read it, so a reload will fail; "
+                                  f"'chgrp {account.pw_gid} {path}' and 'chmod g+r' let it")
 
     def _open_notify(self):
         path = os.environ.get("NOTIFY_SOCKET")
