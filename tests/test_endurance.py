@@ -137,6 +137,19 @@ def at_stage(port, stage):
     return client
 
 
+def slow_client(port, over_tls):
+    """A client with a small window, so that replies stay on the other side until it reads."""
+    client = (TlsClient if over_tls else PlainClient).__new__(TlsClient)
+    client.sock, client.reads, client._buffer = socket.socket(), [], b""        # pylint: disable=protected-access
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.sock.settimeout(20)
+    client.sock.connect(("127.0.0.1", port))
+    if over_tls:
+        assert client.ask("STARTTLS") == b"OK STARTTLS\n"
+        client.start_tls(client_context())
+    return client
+
+
 HANDSHAKE_STAGES = ["connected", "half of STARTTLS", "STARTTLS answered", "half of the hello", "handshake begun"]
 STAGES = HANDSHAKE_STAGES + ["TLS up", "half a command", "reply under way"]
 
@@ -407,44 +420,56 @@ def test_one_byte_at_a_time_everywhere(shim, nut, pki):
             assert b"STARTTLS" in outer.up and b"VER\n" not in outer.up
 
 
-def never_reads(pki, nut, **options):
-    """A client, through both shims, that asks for 30 MB and reads nothing. Longest wait of upsd's other clients, kB grown."""
+def greedy_reader(pki, nut, slowly=False, **options):
+    """A client, through both shims, that asks for 30 MB and reads nothing, or slowly.
+
+    Returns the longest wait of upsd's other clients, in seconds, and what the shim grew by, in kB.
+    """
     waits, over = [0], threading.Event()
 
-    def ask_all_the_time(port):
-        with PlainClient(port) as bystander:
+    def ask_all_the_time():
+        with PlainClient(nut.port) as bystander:
             while not over.is_set():
                 before = time.monotonic()
                 assert bystander.ask("NETVER", 60) == b"1.3\n"
                 waits.append(time.monotonic() - before)
                 time.sleep(0.05)
-    with Shim(pair_config(nut.port, pki), **options) as shim:
+
+    def read_slowly(client):
+        with contextlib.suppress(OSError):
+            while client.sock.recv(8192) and not over.is_set():
+                time.sleep(0.1)
+    with Shim(pair_config(nut.port, pki), **options) as shim, slow_client(shim.port("client"), False) as client:
         before, most = shim.rss(), 0
-        thread = threading.Thread(target=ask_all_the_time, args=(nut.port,))
-        thread.start()
+        threads = [threading.Thread(target=ask_all_the_time)]
+        if slowly:
+            threads.append(threading.Thread(target=read_slowly, args=(client,)))
         try:
-            with PlainClient(shim.port("client")) as client:
-                client.send("LIST VAR big\n" * 200)
-                poll(lambda: status(shim)["sessions"], 5, "the session")
-                end = time.monotonic() + 40
-                while status(shim)["sessions"] and time.monotonic() < end:
-                    most = max(most, shim.rss())
-                    time.sleep(0.2)
-                assert not status(shim)["sessions"], "nobody was given up"
+            client.send("LIST VAR big\n" * 200)
+            poll(lambda: status(shim)["sessions"], 5, "the session")
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + 40
+            while status(shim)["sessions"] and time.monotonic() < end:
+                most = max(most, shim.rss())
+                time.sleep(0.2)
+            assert not status(shim)["sessions"], "nobody was given up"
         finally:
             over.set()
-            thread.join(70)
+            for thread in threads:
+                thread.join(70)
         assert "does not read" in shim.log
         return max(waits), most - before
 
 
-def test_a_reader_that_never_reads_stalls_upsd_for_seconds_only(pki, spare, tmp_path):
-    """upsd's writes block for all its clients: one that does not read is given up in seconds, and held in little memory.
+@pytest.mark.parametrize("how", ["never", "slowly"])
+def test_a_reader_that_does_not_keep_up_stalls_upsd_for_seconds_only(pki, spare, tmp_path, how):
+    """upsd's writes block for all its clients: one that reads nothing, or hardly, is given up in seconds, and held in little memory.
 
     The limit, of 10 s, is set to 3 here, and as it is in tests/soak.
     """
-    wait, grown = never_reads(pki, spare, script=patched(str(tmp_path), "nutshim.STALL_LIMIT = 3"))
-    assert 2 < wait < 9                             # it did block upsd, and not for longer
+    wait, grown = greedy_reader(pki, spare, how == "slowly", script=patched(str(tmp_path), "nutshim.STALL_LIMIT = 3"))
+    assert 1 < wait < 9                             # it did block upsd, and not for longer
     assert grown < 4096
 
 
@@ -618,19 +643,6 @@ def test_stop_under_load_brings_every_reply_that_upsd_gave(shim, nut, pki):
         answered = set(re.findall(rb"CMDDESC ups (c\d-\d+-\d+) \"", relay.down))
         arrived = set(re.findall(rb"CMDDESC ups (c\d-\d+-\d+) \"", b"".join(b"".join(data) for data in received)))
         assert len(answered) > 600 and answered == arrived
-
-
-def slow_client(port, over_tls):
-    """A client with a small window, so that replies stay on the other side until it reads."""
-    client = (TlsClient if over_tls else PlainClient).__new__(TlsClient)
-    client.sock, client.reads, client._buffer = socket.socket(), [], b""        # pylint: disable=protected-access
-    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.sock.settimeout(20)
-    client.sock.connect(("127.0.0.1", port))
-    if over_tls:
-        assert client.ask("STARTTLS") == b"OK STARTTLS\n"
-        client.start_tls(client_context())
-    return client
 
 
 def test_stop_brings_the_reply_to_a_slow_reader_that_goes_on_asking(shim, spare, pki):
