@@ -2264,6 +2264,8 @@ class Daemon:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.write(fd, b"%d\n" % os.getpid())
         except BlockingIOError:
             number = os.read(fd, 20).decode("ascii", "replace").strip()
             raise ConfigError(f"{self.conf.at('pidfile')}{path}: nutshim is running already, as process {number}") from None
@@ -2272,8 +2274,6 @@ class Daemon:
             if not self.args.foreground:
                 raise fault from None
             return self.log(WARNING, f"{fault}; -c will not work")
-        os.ftruncate(fd, 0)
-        os.write(fd, b"%d\n" % os.getpid())
         self._pidfile = fd
 
     def _drop_privileges(self):
