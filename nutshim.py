@@ -899,7 +899,7 @@ def tls_error(error, name=None) -> str:
         return "the peer speaks no TLS version that min_tls allows"
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return "the peer has no client certificate"
-    if isinstance(error, ssl.SSLEOFError) or isinstance(error, ssl.SSLZeroReturnError):
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return "the peer closed during the handshake"
     return reason.lower().replace("_", " ") or getattr(error, "strerror", None) or str(error)
 
