@@ -68,7 +68,7 @@ MAX_REPLY_LINE = 512      # upsd cuts a reply line here, without a newline (NUT_
 SPARE_MEMORY = 512 * 1024 # bytes that must be to be had before sixteen more sessions begin
 MAX_LOCAL_REPLIES = 64    # own replies waiting for their turn, before the client is read again
 HIGH_WATER = 64 * 1024    # bytes unsent to one side, before its other side has to wait
-STALL_LIMIT = 10          # seconds a client may take to catch up from there: upsd's writes block, for everybody
+STALL_LIMIT = 4           # seconds to catch up from there: upsd's writes block, and its other clients wait 5
 DRAIN_LIMIT = 5           # seconds for what is under way when one side has closed
 STOP_GRACE = 2            # seconds for replies under way at TERM; procd kills after 5
 BACKLOG = 128             # connections waiting in the kernel
@@ -2456,6 +2456,9 @@ class Daemon:
 
     def _end(self, deadline):
         loop = self.loop
+        for session in list(loop.sessions):
+            if session.state == ENDING and not session.client.out and session.client.settled():
+                session.close(Reason.STOP)              # Its last reply has been acknowledged meanwhile.
         if loop.sessions and loop.now < deadline:
             return loop.at(0.1, lambda: self._end(deadline))
         for session in list(loop.sessions):

@@ -137,6 +137,8 @@ class Watch:
         for upsmon in self.all:
             upsmon.wait_shutdown(max(0.1, AFTER_LB - (time.monotonic() - since)))
             assert "LOWBATT" in upsmon.events or "FSD" in upsmon.events
+        for ups in self._upses:                     # its primary has told upsd, for secondaries elsewhere
+            assert "FSD" in self.ground.nut.get("ups.status", ups).split()
 
 
 def reloads_and_storms(watch, seconds, say=lambda text: None):
