@@ -68,7 +68,7 @@ MAX_REPLY_LINE = 512      # upsd cuts a reply line here, without a newline (NUT_
 SPARE_MEMORY = 512 * 1024 # bytes that must be to be had before sixteen more sessions begin
 MAX_LOCAL_REPLIES = 64    # own replies waiting for their turn, before the client is read again
 HIGH_WATER = 64 * 1024    # bytes unsent to one side, before its other side has to wait
-STALL_LIMIT = 4           # seconds to catch up from there: upsd's writes block, and its other clients wait 5
+STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's writes block, for everybody
 DRAIN_LIMIT = 5           # seconds for what is under way when one side has closed
 STOP_GRACE = 2            # seconds for replies under way at TERM; procd kills after 5
 BACKLOG = 128             # connections waiting in the kernel
@@ -1180,7 +1180,10 @@ class Side:
             pass
         except OSError:
             return True
-        return not any(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))
+        try:
+            return not any(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))
+        except OSError:
+            return False                            # Only Linux tells of the latter.
 
     def say_goodbye(self):
         """The same with TLS's close_notify; what still comes is not read as TLS any more."""
@@ -1216,7 +1219,7 @@ class Session:
     """One NUT client's connection and the upstream session that serves it, from accept to close."""
     __slots__ = ("loop", "shim", "number", "client", "upstream", "address", "state", "deadline", "began", "last",
                  "talk", "greeting", "access", "user", "ups", "bytes_in", "bytes_out", "replay",
-                 "targets", "addresses", "target", "dial_end", "failures", "ending", "stopping", "prefix", "full_since")
+                 "targets", "addresses", "target", "dial_end", "failures", "ending", "stopping", "prefix")
 
     def __init__(self, loop, shim, sock, address):
         self.loop, self.shim, self.address = loop, shim, address
@@ -1227,7 +1230,6 @@ class Session:
         self.began = self.last = self.deadline = loop.now
         self.bytes_in = self.bytes_out = 0
         self.failures, self.ending = [], None
-        self.full_since = None      # When the client fell behind by HIGH_WATER; None again once it has caught up.
         self.number = shim.count(address)
         self.prefix = f"[{shim.name}] #{self.number} {address_text(address)}: "
 
@@ -1488,8 +1490,6 @@ class Session:
         self.client.flush()
         if len(self.client.out) < before:
             self.last = self.loop.now
-        if not self.client.out:
-            self.full_since = None
         if self.upstream:
             self.upstream.flush()
         if self.state == RELAY:
@@ -1514,10 +1514,9 @@ class Session:
         wait = client.eof or full or upstream.out or self.stopping or talk.crowded
         client.want((0 if wait else READ) | (WRITE if client.out else 0))
         upstream.want((0 if full else READ) | (WRITE if upstream.out else 0))
-        if full and self.full_since is None:
-            self.full_since = self.loop.now
-            self.deadline = min(self.deadline, self.full_since + STALL_LIMIT)
-            self.loop.watch(self.deadline)
+        if full:
+            self.loop.watch(self.last + STALL_LIMIT)
+            self.deadline = min(self.deadline, self.last + STALL_LIMIT)
 
     def _note(self, seen):
         for verb, words in seen:
@@ -1594,12 +1593,12 @@ class Session:
         if self.state == DIAL:
             self._target_failed("no answer in time")
         elif self.state == RELAY and not self.client.eof:
-            behind = self.full_since is not None
-            left = (self.full_since + STALL_LIMIT if behind else self.last + conf.idle_timeout) - self.loop.now
+            full = len(self.client.out) > HIGH_WATER
+            left = self.last + (STALL_LIMIT if full else conf.idle_timeout) - self.loop.now
             if left > 0:
                 self._until(left)
             else:
-                self.close(Reason.STALL if behind else Reason.IDLE)
+                self.close(Reason.STALL if full else Reason.IDLE)
         elif self.state in (GREETING, HANDSHAKE):
             what = "STARTTLS" if self.state == GREETING else "end of the TLS handshake"
             self.close(Reason.TIMEOUT, f"no {what} within {conf.handshake_timeout} s")
