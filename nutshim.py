@@ -327,9 +327,9 @@ def read_config(path: str) -> tuple:
         line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match.group(1) or "", line)
         line = line.strip(" \t\r")
         header = line.startswith("[")
-        name, _, text = (part.strip(" \t") for part in line.partition("="))
+        name, _, text = (part.strip() for part in line.partition("="))
         if header:
-            name = line.strip("[] \t")
+            name = re.sub(r"[^\w.-]", "", line)
         given = sections[-1][2]
         fault = _odd_character(line)
         if fault:
@@ -361,8 +361,8 @@ def read_config(path: str) -> tuple:
         for where in shim.listen:
             other = listening.setdefault(where, shim)
             if other is not shim and where[1]:
-                text = f"{address_text(where)} is [{other.name}]'s already"
-                faults.append(shim.at("listen") + text)
+                faults.append(f"{shim.at('listen')}{address_text(where)} is [{other.name}]'s already; "
+                              "expected an address or port of its own")
     if not sections[1:]:
         faults.append(f"{path}:1: expected a [section] for each shim, found none")
     return conf, faults
