@@ -198,7 +198,7 @@ def _permit(text, base):
         raise ValueError(f"expected an address behind IP:, not '{identity}'")
     if kind != "CN=" and re.search("[^!-~]", value):
         raise ValueError(f"{_ASCII}, not '{identity}'")
-    return normal_name(kind + _unmapped(value) if kind == "IP:" else identity), access
+    return normal_name(identity), access
 
 
 GLOBAL, SHIM, SERVER, CLIENT = "global", "shim", "server", "client"
@@ -244,7 +244,7 @@ OPTIONS = [Option(*row) for row in (
      "seconds from accept to the end of the TLS handshake"),
     ("idle_timeout", SHIM, "120", _number(1, 1000000), "seconds without a byte"),
     ("reuse", CLIENT, "30", _number(0, 3600),
-     "seconds the shared upstream session is kept unused; 0: each client has its own"),
+     "seconds the shared upstream session is kept unused; 0 shares none"),
 )]
 DEFAULT_PORT = {("listen", SERVER): 401, ("listen", CLIENT): 3493,
                 ("upstream", SERVER): 3493, ("upstream", CLIENT): 401}
@@ -351,18 +351,12 @@ def read_config(path: str) -> tuple:
         if fault:
             faults.append(f"{path}:{number}: {fault}")
     conf = _read_section(path, sections[0], GLOBAL, faults)
-    conf.shims, listening = [], {}
+    conf.shims = []
     for section in sections[1:]:
         role = (section[2].get("role", (0, None))[1] or "").replace('"', "")
         shim = _read_section(path, section, role if role in (SERVER, CLIENT) else None, faults)
-        if not shim.role:
-            continue
-        conf.shims.append(shim)
-        for where in shim.listen:
-            other = listening.setdefault(where, shim)
-            if other is not shim and where[1]:
-                faults.append(f"{shim.at('listen')}{address_text(where)} is [{other.name}]'s already; "
-                              "expected an address or port of its own")
+        if shim.role:
+            conf.shims.append(shim)
     if not sections[1:]:
         faults.append(f"{path}:1: expected a [section] for each shim, found none")
     return conf, faults
