@@ -326,27 +326,29 @@ def read_config(path: str) -> tuple:
         # A comment begins a line or follows a blank; quotes keep what is in them.
         line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match.group(1) or "", line)
         line = line.strip(" \t\r")
-        header = line.startswith("[")
+        if not line:
+            continue
+        header = line[0] == "["
         name, _, text = (part.strip() for part in line.partition("="))
         if header:
             name = re.sub(r"[^\w.-]", "", line)
         given = sections[-1][2]
-        fault = _odd_character(line)
-        if fault:
-            pass
+        odd, fault = _odd_character(line), None
+        if odd:
+            fault = odd
         elif line.count('"') % 2:
             fault = f"expected a second quote (\"), not '{line}'"
         elif header and not re.match(r"\[[ \t]*[\w.-]+[ \t]*\]$", line):
             fault = f"expected [section], a name of letters, digits, '.', '_' and '-', not '{line}'"
         elif header and any(name == section[0] for section in sections):
             fault = f"a second section [{name}]: expected a name of its own for each shim"
-        elif line and not header and not (name and text.strip('" \t')):
+        elif not header and not (name and text.strip('" \t')):
             fault = f"expected 'name = value' or '[section]', not '{line}'"
-        elif line and not header and name in given:
+        elif not header and name in given:
             fault = f"{name}: already given in line {given[name][0]}"
         if header:
             sections.append((name, number, {}))
-        elif line:
+        else:
             given.setdefault(name, (number, None if fault else text))
         if fault:
             faults.append(f"{path}:{number}: {fault}")
@@ -372,8 +374,8 @@ def _read_lines(path):
     for encoding, start in (("UTF-16LE", rb"\xff\xfe|[^\0]\0[^\0]\0"),
                             ("UTF-16BE", rb"\xfe\xff|\0[^\0]\0[^\0]")):
         if re.match(start, data):
-            raise ConfigError(f"{path}:1: this file is {encoding}; expected UTF-8, "
-                              f"as 'iconv -f {encoding} -t UTF-8 FILE' writes it")
+            raise ConfigError(f"{path}:1: this file is {encoding}; expected UTF-8: "
+                              f"'iconv -f {encoding} -t UTF-8 FILE' converts it")
     return re.sub("^\ufeff", "", data.decode("utf-8", "surrogateescape")).split("\n")
 
 
@@ -381,12 +383,12 @@ def _odd_character(line):
     """What is wrong with the first character that no line may have, or None."""
     for c in line:
         if "\udc80" <= c <= "\udcff":
-            return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is in Latin-1, "
-                    "'iconv -f ISO-8859-1 -t UTF-8 FILE' writes it as expected")
+            return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is Latin-1, "
+                    "'iconv -f ISO-8859-1 -t UTF-8 FILE' converts it")
         if c < " " and c != "\t" or "~" < c < "\xa0":
             return f"a control character (U+{ord(c):04X}); expected plain text"
         if not c.isprintable() and c != "\t":
-            return f"U+{ord(c):04X} looks like a blank or like nothing; expected plain blanks only"
+            return f"U+{ord(c):04X} looks like a blank, or like nothing; expected plain blanks"
     return None
 
 
