@@ -162,12 +162,13 @@ SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dial
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
 # --- Options: the one source for parser, help and documentation ----------------------------------
+# A parser takes a text and the folder of nutshim.conf; its ValueError says what was expected.
 
 
 def _number(low, high):
     def parse(text, _base):
         if not re.match("[0-9]{1,9}$", text) or not low <= int(text) <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}")
+            raise ValueError(f"expected a whole number from {low} to {high}, not '{text}'")
         return int(text)
     return parse
 
@@ -175,7 +176,7 @@ def _number(low, high):
 def _choice(*words):
     def parse(text, _base):
         if text not in words:
-            raise ValueError("expected " + " or ".join(words))
+            raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}, not '{text}'")
         return text
     return parse
 
@@ -188,85 +189,145 @@ def _text(text, _base):
     return text
 
 
-def _list(item):
-    return lambda text, base: [item(part.strip(), base) for part in text.split(",")]
+_ASCII = "expected ASCII without blanks, an international name in its xn-- form"
 
 
-def _address(text, _base):
-    """HOST[:PORT], [IPv6][:PORT] or a bare IPv6 address -> (host, port or None)."""
-    match = re.match(r"(?:\[([\da-fA-F:.]+(?:%[\w.-]+)?)\]|([^\s:\[\]]+))(?::(\d{1,5}))?$", text, re.ASCII)
-    if match and int(match.group(3) or 0) <= 65535:
-        host, port = match.group(1) or match.group(2), match.group(3)
-    elif numeric_family(text) == socket.AF_INET6:
-        host, port = text, None
-    else:
-        raise ValueError(f"expected HOST[:PORT], an IPv6 address in brackets, a port up to 65535, not '{text}'")
-    if any(c > "~" for c in host):
-        raise ValueError(f"expected ASCII, an international name in its xn-- form, not '{text}'")
-    return host, int(port) if port else None
+def _address(local):
+    """A parser of HOST[:PORT], [IPv6][:PORT] or a bare IPv6 address -> (host, port or None).
+
+    local is the host that goes with a port alone: * where nutshim listens, localhost elsewhere.
+    """
+    def parse(text, _base):
+        if re.match(":?[0-9]{1,5}$", text) and int(text.lstrip(":")) <= 65535:
+            raise ValueError(f"'{text}' is a port; did you mean {local}:{text.lstrip(':')}?")
+        if "@" in text:
+            raise ValueError("a UPS's name belongs in upsmon.conf's MONITOR line, not here: "
+                             f"expected HOST[:PORT], not '{text}'")
+        if re.search("[^!-~]", text):
+            raise ValueError(f"{_ASCII}, not '{text}'")
+        has_port = re.match(r"(\[.*\]|[^:]*):[0-9]{1,5}$", text)
+        host, _, port = text.rpartition(":") if has_port else (text, "", "")
+        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*\.?$", host, re.I)
+        if ":" in host:
+            host = host[1:-1] if host[0] + host[-1] == "[]" else host
+            good = numeric_family(host) == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
+            if good and re.match("fe[89ab]", host, re.I) and "%" not in host:
+                raise ValueError(f"a link-local address needs its interface: {host}%INTERFACE")
+        elif numbers and not numeric_family(host):      # inet_aton() takes 401 for 0.0.1.145.
+            raise ValueError(f"'{host}' is no IPv4 address: expected four numbers from 0 to 255")
+        else:
+            good = re.match(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?$", host) or host == local
+        lowest = 0 if local == "*" else 1
+        if not good or not lowest <= int(port or 401) <= 65535:
+            raise ValueError("expected HOST[:PORT], an IPv6 address in brackets, "
+                             f"a port up to 65535, not '{text}'")
+        return _unmapped(host), int(port) if port else None
+    return parse
+
+
+def _unmapped(host):
+    """An IPv4 address in its IPv6 form, as ::ffff:192.0.2.1, in its own (RFC 4291 2.5.5.2)."""
+    if numeric_family(host) == socket.AF_INET6:
+        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        if packed[:12] == bytes(10) + b"\xff\xff":
+            return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return host
 
 
 def _pin(text, _base):
     try:
-        if text.startswith("sha256//") and len(binascii.a2b_base64(text[8:])) == 32:
-            return text
-    except binascii.Error:
+        digest = binascii.a2b_base64(text[8:])
+        # Pins are compared as text, so each has only one form.
+        if len(digest) == 32 and text[:8] == "sha256//":
+            if text[8:] == binascii.b2a_base64(digest, newline=False).decode():
+                return text
+    except ValueError:
         pass
     raise ValueError(f"expected sha256//BASE64 as 'nutshim.py -t' prints it, not '{text}'")
 
 
 def _network(text, _base):
-    import ipaddress                                    # Rarely needed: not imported at every start.
+    import ipaddress                            # Rarely needed: not imported at every start.
+    address = text.partition("/")[0]
     try:
-        return ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ValueError(f"expected ADDRESS or ADDRESS/BITS: {error}") from None
+        if not numeric_family(address) or "%" in address:
+            raise ValueError
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f"expected ADDRESS or ADDRESS/BITS, not '{text}'") from None
+    first, bits = network.network_address, network.prefixlen
+    if first != ipaddress.ip_address(address):
+        raise ValueError(f"'{text}' is no network; did you mean {network} or {address}?")
+    mapped = bits >= 96 and first.version == 6 and first.ipv4_mapped
+    return ipaddress.ip_network((mapped, bits - 96)) if mapped else network
 
 
 def _permit(text, base):
     identity, _, access = (part.strip() for part in text.rpartition(":"))
     if access not in CLASSES:
-        raise ValueError(f"expected IDENTITY: {' or '.join(CLASSES)}, not '{text}'")
+        raise ValueError(f"expected IDENTITY: {', '.join(CLASSES)}, not '{text}'")
     if identity.startswith("sha256//"):
         return _pin(identity, base), access
-    if identity != "*" and not re.match(r"(CN=|DNS:|IP:|URI:|email:)\S", identity):
+    if identity == "*":
+        return identity, access
+    match = re.match(r"(CN=|DNS:|IP:|URI:|email:)(\S.*)", identity)
+    if not match:
         raise ValueError(f"expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '{identity}'")
-    if identity.startswith("IP:") and not numeric_family(identity[3:]):
+    kind, value = match.groups()
+    if kind == "IP:" and ("%" in value or not numeric_family(value)):
         raise ValueError(f"expected an address behind IP:, not '{identity}'")
+    if kind != "CN=" and re.search("[^!-~]", value):
+        raise ValueError(f"{_ASCII}, not '{identity}'")
     return normal_name(identity), access
 
 
 GLOBAL, SHIM, SERVER, CLIENT = "global", "shim", "server", "client"
 
+# parse is a parser, or for a list separated by commas [the parser of one entry].
+# parse is a parser or, for a list separated by commas, [the parser of an entry].
 Option = collections.namedtuple("Option", "name where default parse help")
 OPTIONS = [Option(*row) for row in (
-    ("user", GLOBAL, None, _text, "who to become once the ports are open; default nut, if started as root"),
-    ("chroot", GLOBAL, None, _path(), "directory to confine to, before user is dropped"),
-    ("pidfile", GLOBAL, "/run/nutshim.pid", _path(), "also the place of the status socket (/var/run without /run)"),
+    ("user", GLOBAL, None, _text,
+     "user to run as once the ports are open; default nut, if started as root"),
+    ("chroot", GLOBAL, None, _path(), "folder to confine the daemon to, before it becomes user"),
+    ("pidfile", GLOBAL, ("/run" if os.path.isdir("/run") else "/var/run") + "/nutshim.pid", _path(),
+     "file with the process id; the status socket lies beside it"),
     ("log", GLOBAL, "syslog", _path("syslog", "stderr"), "syslog, stderr or a file"),
     ("handshake_threads", GLOBAL, "2", _number(1, 64), "threads that do TLS handshakes"),
-    ("max_sessions", GLOBAL, "512", _number(1, 1000000), "sessions over all shims"),
-    ("role", SHIM, None, _choice(SERVER, CLIENT), "server (in front of upsd) or client (of upsmon, upsc, ...)"),
-    ("listen", SHIM, {SERVER: "*:401", CLIENT: "localhost:3493"}, _list(_address), "ADDRESS[:PORT] list, * is every address"),
-    ("upstream", SHIM, {SERVER: "localhost:3493", CLIENT: None}, _list(_address), "HOST[:PORT] list, tried in order; client: port 401"),
-    ("certificate", SHIM, None, _path(), "PEM: own certificate, chain, and key; server: required"),
-    ("key", SHIM, None, _path(), "PEM private key, if not in certificate"),
-    ("trust", SHIM, None, _path("system"), "PEM file or directory of trusted certificates, or system"),
-    ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"), "full (chain and name), chain, pin, none"),
-    ("server_name", CLIENT, None, _text, "what the certificate must carry; default: upstream's host"),
-    ("pin", SHIM, None, _list(_pin), "sha256//BASE64 list of the peer's public key"),
-    ("crl", SHIM, None, _list(_path()), "PEM revocation list(s)"),
-    ("client_certificate", SERVER, "none", _choice("none", "request", "require"), "none, request, require"),
-    ("permit", SERVER, None, _list(_permit), "IDENTITY: CLASS list; read, monitor, primary, admin"),
-    ("allow_from", SHIM, None, _list(_network), "addresses or networks that may connect"),
-    ("plaintext", SERVER, "refuse", _choice("refuse", "localhost"), "refuse, or localhost: loopback peers need no TLS"),
+    ("max_sessions", GLOBAL, "512", _number(1, 1000000),
+     "sessions over all shims; the descriptor limit is raised for it"),
+    ("role", SHIM, None, _choice(SERVER, CLIENT),
+     "server (in front of upsd) or client (in front of upsmon, upsc, ...)"),
+    ("listen", SHIM, {SERVER: "*:401", CLIENT: "localhost:3493"}, [_address("*")],
+     "ADDRESS[:PORT] list; * is every address of both families"),
+    ("upstream", SHIM, {SERVER: "localhost:3493", CLIENT: None}, [_address("localhost")],
+     "HOST[:PORT] list, tried in order; a client's default port is 401"),
+    ("certificate", SHIM, None, _path(), "PEM: own certificate, chain and key; server: required"),
+    ("key", SHIM, None, _path(), "PEM private key, if it is not in certificate"),
+    ("trust", SHIM, None, _path("system"),
+     "PEM file or folder of CA or self-signed certificates, or system"),
+    ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"),
+     "full (chain and name), chain, pin (the key alone) or none"),
+    ("server_name", CLIENT, None, _text,
+     "what the certificate must carry; default: upstream's host"),
+    ("pin", SHIM, None, [_pin], "sha256//BASE64 list of public keys; the peer has one of them"),
+    ("crl", SHIM, None, [_path()], "PEM revocation list(s)"),
+    ("client_certificate", SERVER, "none", _choice("none", "request", "require"),
+     "none, request or require"),
+    ("permit", SERVER, None, [_permit], "IDENTITY: CLASS list; read, monitor, primary or admin"),
+    ("allow_from", SHIM, None, [_network], "addresses or networks that may connect"),
+    ("plaintext", SERVER, "refuse", _choice("refuse", "localhost"),
+     "refuse, or localhost: loopback peers need no TLS"),
     ("min_tls", SHIM, "1.3", _choice("1.3", "1.2"), "1.3 or 1.2"),
     ("max_sessions_per_address", SHIM, "64", _number(1, 1000000), "sessions from one address"),
-    ("handshake_timeout", SHIM, {SERVER: "10", CLIENT: "4"}, _number(1, 3600), "seconds from accept to the end of the handshake"),
+    ("handshake_timeout", SHIM, {SERVER: "10", CLIENT: "4"}, _number(1, 3600),
+     "seconds from accept to the end of the TLS handshake"),
     ("idle_timeout", SHIM, "120", _number(1, 1000000), "seconds without a byte"),
-    ("reuse", CLIENT, "30", _number(0, 3600), "seconds an idle upstream session is kept; 0 = off"),
+    ("reuse", CLIENT, "30", _number(0, 3600),
+     "seconds the shared upstream session is kept unused; 0 shares none"),
 )]
-DEFAULT_PORT = {("listen", SERVER): 401, ("listen", CLIENT): 3493, ("upstream", SERVER): 3493, ("upstream", CLIENT): 401}
+DEFAULT_PORT = {("listen", SERVER): 401, ("listen", CLIENT): 3493,
+                ("upstream", SERVER): 3493, ("upstream", CLIENT): 401}
 
 # --- Errors and reasons --------------------------------------------------------------------------
 
@@ -352,110 +413,182 @@ def find_config() -> str:
     raise ConfigError(f"no configuration file: looked for {', '.join(paths)}; name it with -f FILE")
 
 
-def read_config(path):
-    """nutshim.conf -> (global Conf with .shims, faults as lines); a faulty option has its default."""
+def read_config(path: str) -> tuple:
+    """nutshim.conf -> (global Conf with .shims, fault lines); a faulty option has its default."""
     path = os.path.abspath(path)
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
     faults = []
-    sections = [(None, 1, {})]                  # (name, line, {option: (line, text)})
-    for number, line in enumerate(lines, 1):
-        line = re.sub(r"(^|\s)[#;].*", "", line).strip()
-        header = re.match(r"\[\s*([\w.-]+)\s*\]$", line)
+    sections = [(None, 1, {})]          # (name, line, {option: (line, text or None if faulty)})
+    for number, line in enumerate(_read_lines(path), 1):
+        # A comment begins a line or follows a blank; quotes keep what is in them.
+        line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match.group(1) or "", line)
+        line = line.strip(" \t\r")
+        if not line:
+            continue
+        header = line[0] == "["
         name, _, text = (part.strip() for part in line.partition("="))
+        if header:
+            name = re.sub(r"[^\w.-]", "", line)
         given = sections[-1][2]
-        fault = None
-        if not line.replace("\t", " ").isprintable():
-            fault = "a control character: expected text"
-        elif header:
-            name = header.group(1)
-            if any(name == section[0] for section in sections):
-                fault = f"a second section [{name}]: expected a name of its own for each shim"
-            sections.append((name, number, {}))
-        elif line and not (name and text):
+        odd, fault = _odd_character(line), None
+        if odd:
+            fault = odd
+        elif line.count('"') % 2:
+            fault = f"expected a second quote (\"), not '{line}'"
+        elif header and not re.match(r"\[[ \t]*[\w.-]+[ \t]*\]$", line):
+            fault = f"expected [section], a name of letters, digits, '.', '_' and '-', not '{line}'"
+        elif header and any(name == section[0] for section in sections):
+            fault = f"a second section [{name}]: expected a name of its own for each shim"
+        elif not header and not (name and text.strip('" \t')):
             fault = f"expected 'name = value' or '[section]', not '{line}'"
-        elif name in given:
-            fault = f"{name}: stands already in line {given[name][0]}"
-        elif line:
-            given[name] = (number, text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text)
+        elif not header and name in given:
+            fault = f"{name}: already given in line {given[name][0]}"
+        if header:
+            sections.append((name, number, {}))
+        else:
+            given.setdefault(name, (number, None if fault else text))
         if fault:
             faults.append(f"{path}:{number}: {fault}")
     conf = _read_section(path, sections[0], GLOBAL, faults)
     conf.shims = []
-    if "pidfile" not in conf.lines and not os.path.isdir("/run"):
-        conf.pidfile = "/var/run/nutshim.pid"
-    for name, line, given in sections[1:]:
-        number, role = given.get("role", (line, ""))
-        if role in (SERVER, CLIENT):
-            conf.shims.append(_read_section(path, (name, line, given), role, faults))
-        else:
-            faults.append(f"{path}:{number}: [{name}] role: expected role = server or role = client")
+    for section in sections[1:]:
+        role = (section[2].get("role", (0, None))[1] or "").replace('"', "")
+        shim = _read_section(path, section, role if role in (SERVER, CLIENT) else None, faults)
+        if shim.role:
+            conf.shims.append(shim)
     if not sections[1:]:
         faults.append(f"{path}:1: expected a [section] for each shim, found none")
     return conf, faults
 
 
+def _read_lines(path):
+    """A file's lines; bytes that are not UTF-8 are surrogates in them (PEP 383)."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    for encoding, start in (("UTF-16LE", rb"\xff\xfe|[^\0]\0[^\0]\0"),
+                            ("UTF-16BE", rb"\xfe\xff|\0[^\0]\0[^\0]")):
+        if re.match(start, data):
+            raise ConfigError(f"{path}:1: this file is {encoding}; expected UTF-8: "
+                              f"'iconv -f {encoding} -t UTF-8 FILE' converts it")
+    return re.sub("^\ufeff", "", data.decode("utf-8", "surrogateescape")).split("\n")
+
+
+def _odd_character(line):
+    """What is wrong with the first character that no line may have, or None."""
+    for c in line:
+        if "\udc80" <= c <= "\udcff":
+            return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is Latin-1, "
+                    "'iconv -f ISO-8859-1 -t UTF-8 FILE' converts it")
+        if c < " " and c != "\t" or "~" < c < "\xa0":
+            return f"a control character (U+{ord(c):04X}); expected plain text"
+        if not c.isprintable() and c != "\t":
+            return f"U+{ord(c):04X} looks like a blank, or like nothing; expected plain blanks"
+    return None
+
+
+def _similar(word):
+    """The option that word is probably a misspelling of (Levenshtein's distance), or None."""
+    def distance(name):
+        row = list(range(len(name) + 1))
+        for i, c in enumerate(word.lower(), 1):
+            last, row[0] = row[0], i
+            for j, d in enumerate(name, 1):
+                last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (c != d))
+        return row[-1]
+    best = min((option.name for option in OPTIONS), key=distance)
+    return best if distance(best) <= min(2, (len(word) + 1) // 3) else None
+
+
 def _read_section(path, section, role, faults):
-    """One section's options, checked each by itself and against each other."""
+    """One section's options, each checked by itself and, with a role, against each other."""
     name, line, given = section
-    wanted = (GLOBAL,) if role == GLOBAL else (SHIM, role)
-    conf = Conf(name=name, role=role, path=path, line=line, lines={option: at for option, (at, _) in given.items()})
+    wanted = {GLOBAL: (GLOBAL,), None: (SHIM, SERVER, CLIENT)}.get(role, (SHIM, role))
+    conf = Conf(name=name, role=role, path=path, line=line,
+                lines={option: at for option, (at, _) in given.items()})
     places = {option.name: option.where for option in OPTIONS}
-    expected = {None: "no such option; 'nutshim.py -h' lists them", SHIM: "expected in a [section]",
-                GLOBAL: "expected a global option above the first [section]"}
-    for option in given:
+    belongs = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
+               SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
+    bad = set()                                 # Options that have their fault already.
+    for option, (_, text) in given.items():
         where = places.get(option)
-        if where not in wanted:
-            faults.append(conf.at(option) + expected.get(where, f"expected in a shim with role = {where}"))
+        if text is None:
+            bad.add(option)
+        elif not where:
+            near = _similar(option)
+            faults.append(conf.at(option) + "no such option; " + (
+                f"did you mean {near}?" if near else "'nutshim.py -h' lists them"))
+        elif where not in wanted:
+            faults.append(conf.at(option) + "belongs " + belongs[where])
     for option in OPTIONS:
         if option.where not in wanted:
             continue
         default = option.default.get(role) if isinstance(option.default, dict) else option.default
-        for text in (given.get(option.name, (0, default))[1], default):
-            try:
-                value = None if text is None else option.parse(text, os.path.dirname(path))
-                break
-            except ValueError as error:
-                faults.append(conf.at(option.name) + str(error))
+        try:
+            value = _parse(option, given.get(option.name, (0, None))[1] or default, path)
+        except ValueError as error:
+            faults.append(conf.at(option.name) + str(error))
+            bad.add(option.name)
+            value = _parse(option, default, path)
         port = DEFAULT_PORT.get((option.name, role))
         if port and value:
-            value = [(host, port if given_port is None else given_port) for host, given_port in value]
+            value = [(host, port if number is None else number) for host, number in value]
         setattr(conf, option.name, value)
-    if role == GLOBAL:
-        return conf
-    server = role == SERVER
-    how = conf.client_certificate if server else conf.verify
-    mode = f"{'client_certificate' if server else 'verify'} = {how}"
-    checks = how not in ("none", "pin")
-    rules = [
-        ("certificate", server and not conf.certificate, "expected one: mkNUTcert.py makes it"),
-        ("upstream", not conf.upstream, "expected the host of the server shim"),
-        ("upstream", any(host == "*" for host, _ in conf.upstream or ()), "expected HOST[:PORT], not *"),
-        ("trust", checks and not conf.trust, "expected with " + mode),
-        ("pin", how == "pin" and not conf.pin, "expected with " + mode),
-        ("key", conf.key and not conf.certificate, "has no effect without certificate"),
-        ("permit", server and not checks and any(identity != "*" for identity, _ in conf.permit or ()),
-         "names need client_certificate = request or require")]
-    rules += [(option, not checks and getattr(conf, option), "has no effect with " + mode)
-              for option in ["trust", "crl"] + ["pin"] * server]
-    faults += [conf.at(option) + text for option, bad, text in rules
-               if bad and (getattr(conf, option) is not None or option not in given)]      # A bad value has its fault.
+    if role in (SERVER, CLIENT):
+        rules = _rules(conf, role == SERVER, bad)
+    else:
+        rules = [("role", role is None and "role" not in given,
+                  "required: server (in front of upsd) or client (in front of upsmon, upsc, ...)")]
+    faults += [conf.at(option) + text
+               for option, broken, text in rules if broken and option not in bad]
     return conf
 
 
-def check_config(path, user=None, chroot=None):
-    """-> (configuration, {name: Credentials}, warnings); ConfigError with every fault there is."""
+def _parse(option, text, path):
+    """An option's value, None without a text; ValueError."""
+    if text is None:
+        return None
+    base, parts = os.path.dirname(path), text.split('"')
+    if not isinstance(option.parse, list):
+        return option.parse("".join(parts), base)
+    parts[::2] = [re.sub("[ \t]*,[ \t]*", "\n", part) for part in parts[::2]]    # Outside quotes.
+    return [option.parse[0](entry, base) for entry in "".join(parts).split("\n")]
+
+
+def _rules(conf, server, bad):
+    """What options ask of each other: (option, whether that is broken, what is wrong)."""
+    rules = [
+        ("certificate", server and not conf.certificate, "required (PEM; mkNUTcert.py makes it)"),
+        ("upstream", not conf.upstream, "required (the host of the server shim)"),
+        ("key", conf.key and not conf.certificate, "has no effect without certificate")]
+    option = "client_certificate" if server else "verify"
+    if option in bad:
+        return rules
+    how = getattr(conf, option)
+    checks = how not in ("none", "pin")
+    named = any(identity != "*" for identity, _ in server and conf.permit or ())
+    return rules + [
+        ("trust", checks and not conf.trust,
+         f"required with {option} = {how} (a PEM file, a folder, or system)"),
+        ("pin", how == "pin" and not conf.pin,
+         f"required with {option} = {how} (as 'nutshim.py -t' prints it on the server)"),
+        ("permit", named and not checks, "names need client_certificate = request or require")
+    ] + [(each, not checks and getattr(conf, each), f"has no effect with {option} = {how}")
+         for each in ["trust", "crl"] + ["pin"] * server]
+
+
+def check_config(path: str, user=None, chroot=None) -> tuple:
+    """-> (configuration, {name: Credentials}, warnings); ConfigError: all faults in line order."""
     conf, faults = read_config(path)
     conf.user, conf.chroot = user or conf.user, chroot or conf.chroot
     warnings, credentials = [], {}
     for shim in conf.shims:
         credentials[shim.name] = Credentials(shim, faults, warnings)
-        for option, value, text in (("verify", "none", "the server is not verified, anybody can pretend to be it"),
-                                    ("min_tls", "1.2", "TLS 1.2 is allowed"),
-                                    ("plaintext", "localhost", "loopback peers may go on without TLS")):
+        for option, value, text in (
+                ("verify", "none", "the server is not verified, anybody can pretend to be it"),
+                ("min_tls", "1.2", "TLS 1.2 is allowed"),
+                ("plaintext", "localhost", "loopback peers may go on without TLS")):
             if getattr(shim, option, None) == value:
                 warnings.append(shim.at(option) + text)
     try:
@@ -466,6 +599,7 @@ def check_config(path, user=None, chroot=None):
     if conf.chroot and not os.path.isdir(conf.chroot):
         faults.append(conf.at("chroot") + f"{conf.chroot} is no directory")
     if faults:
+        faults.sort(key=lambda fault: int(fault[len(conf.path) + 1:].partition(":")[0]))
         raise ConfigError("\n".join(faults))
     return conf, credentials, warnings
 
@@ -3812,6 +3946,9 @@ def print_check(conf: Conf, credentials: dict, warnings: list) -> None:
 
 def main(argv: Optional[list] = None) -> int:
     import argparse
+    for stream in (sys.stdout, sys.stderr):
+        if stream:                                      # A terminal may lack a name's characters.
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="nutshim.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="TLS 1.3 for NUT: in front of upsd (role server) and of upsmon, upsc, ... "
