@@ -3657,8 +3657,12 @@ def open_listener(key: tuple, at: str) -> Optional[socket.socket]:
 
 def absent_addresses(conf: Conf) -> list:
     """A warning for each address of listen that this machine does not have."""
+    try:
+        keys = listen_keys(conf)
+    except ConfigError as fault:
+        return [str(fault)]
     return [f"{conf.at('listen')}{address[0]}: this machine has no such address (yet)"
-            for family, address, _ in listen_keys(conf)
+            for family, address, _ in keys
             if address[0] not in ("::", "::1") and is_absent(family, address)]
 
 
