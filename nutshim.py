@@ -107,6 +107,7 @@ import errno                        # noqa: E402
 import fcntl                        # noqa: E402
 import functools                    # noqa: E402
 import hashlib                      # noqa: E402
+import mmap                         # noqa: E402
 import pwd                          # noqa: E402
 import queue                        # noqa: E402
 import re                           # noqa: E402
@@ -160,6 +161,7 @@ TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lo
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
 NO_EXPIRY = 253402300799  # seconds since 1970: 99991231235959Z, no end (RFC 5280 4.1.2.5)
+SPARE_MEMORY = 2 << 20    # bytes that must be free for a new TLS session; Python takes 1 MiB at once
 SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dials
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
@@ -1582,12 +1584,24 @@ class Connection:
             self.sock = self.owner = self.on_read = self.on_write = self._fill = self._send = None
 
 
+def _ask_for_memory():
+    """MemoryError while there is still some, for the sessions that run and for OpenSSL.
+
+    Python 3.11 dies when OpenSSL has none for a new engine.
+    """
+    try:
+        mmap.mmap(-1, SPARE_MEMORY).close()     # Never touched, so it costs nothing.
+    except OSError:
+        raise MemoryError from None
+
+
 class Engine:
     """The TLS of one connection between two memory buffers; see Threads above."""
     __slots__ = ("tls", "name", "incoming", "outgoing")
 
     def __init__(self, context: ssl.SSLContext, server: bool, name: Optional[bytes] = None,
                  ticket: Optional[ssl.SSLSession] = None):
+        _ask_for_memory()
         self.name, self.incoming, self.outgoing = name, ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server, name, ticket)
 
