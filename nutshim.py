@@ -106,6 +106,7 @@ import enum                         # noqa: E402
 import errno                        # noqa: E402
 import fcntl                        # noqa: E402
 import functools                    # noqa: E402
+import gc                           # noqa: E402
 import hashlib                      # noqa: E402
 import mmap                         # noqa: E402
 import pwd                          # noqa: E402
@@ -161,7 +162,7 @@ TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lo
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
 NO_EXPIRY = 253402300799  # seconds since 1970: 99991231235959Z, no end (RFC 5280 4.1.2.5)
-SPARE_MEMORY = 2 << 20    # bytes that must be free for a new TLS session; Python takes 1 MiB at once
+SPARE_MEMORY = 2 << 20    # bytes free that a new TLS session needs; Python takes 1 MiB at once
 SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dials
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
@@ -2590,7 +2591,6 @@ class Shared:
         self._silences = 0                      # One after another.
         self._closed_until = 0
         self._retired = False
-        self.loop.timed.add(self)
 
     @property
     def link(self) -> Optional[Connection]:
@@ -2644,10 +2644,12 @@ class Shared:
         deadline = self._since + limit
         if deadline < self.deadline:
             self.deadline = deadline
+            self.loop.timed.add(self)
             self.loop.watch(deadline)
 
     def expired(self) -> None:
         self.deadline = float("inf")
+        self.loop.timed.discard(self)       # Or the shims of all reloads would stay.
         left = self._since + (self._patience() if self._busy() else self.shim.conf.reuse) - self.loop.now
         if not self.links or self._dial:
             return
@@ -2869,12 +2871,13 @@ class Shim:
         self.counts: Counter = collections.Counter()    # Sessions in "total", upstream ones "own".
         self.refused: Counter = collections.Counter()   # By the Reason's words.
         self.addresses: Counter = collections.Counter() # Open sessions by the peer's address.
-        self.heir: Optional[Shim] = None                # The shim of the same name after a reload.
+        self._newest: list = [self]     # Of this name; one list, or old ones would keep all between.
         self.shared = Shared(self)
         self._tickets: dict = {}                # server name -> (until, ssl.SSLSession or None)
 
     def latest(self) -> Shim:
-        return self.heir.latest() if self.heir else self
+        """The shim of the same name after all reloads."""
+        return self._newest[0]
 
     def count(self, address: tuple) -> int:
         """A session begins; its number."""
@@ -2943,7 +2946,8 @@ class Shim:
         for heir in heirs:
             if heir.name == self.name and heir.server == self.server:
                 heir.counts, heir.refused = self.counts, self.refused
-                heir.addresses, self.heir = self.addresses, heir
+                heir.addresses, heir._newest = self.addresses, self._newest
+                self._newest[0] = heir
         self.shared.retire()
 
 
@@ -3838,6 +3842,7 @@ class Daemon:
         """Read the configuration again; on a fault nothing changes. Returns the fault, or None."""
         if self.loop.stopping:
             return "nutshim is stopping"
+        gc.collect()                            # What earlier ones have left: shims know themselves.
         self.process.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
         old, log = self.conf, None
         try:
