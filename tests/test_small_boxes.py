@@ -117,6 +117,7 @@ def test_faults_on_openwrts_python(small_python, pki, tmp_path):
     assert all("%s:%d: " % (path, line) in done.stderr for line in (3, 4, 5))
     config = config_with_names(free_port(), pki)
     with small_shim(small_python, config) as shims, PlainClient(shims.port("client")) as client:
+        client.send("VER\n")
         assert client.recv_until_close() == b""
 
 
