@@ -384,6 +384,128 @@ def test_a_killed_daemon_can_start_again_at_once(daemon, nut, pki):
     assert status(shim)["pid"] == shim.pid != pid
 
 
+# ---- start from bytecode ------------------------------------------------------------------------
+
+def words_of(pid):
+    """A process's command line, as a list."""
+    with open("/proc/%d/cmdline" % pid, "rb") as file:
+        return file.read().decode("utf-8").split("\0")[:-1]
+
+
+@pytest.mark.parametrize("flags", [[], ["-B", "-W", "error", "-X", "dev"]], ids=["plain", "-B -W error -X dev"])
+def test_it_starts_itself_from_bytecode_as_the_same_process(nut, pki, flags):
+    """What was started becomes the daemon: same process, Python's flags kept, and ps shows nutshim.py with its arguments."""
+    first, rest = (flags + [NUTSHIM])[0], (flags + [NUTSHIM])[1:]
+    with Shim({"shim": server_section(nut, pki)}, script=first, args=rest + ["-D"]) as shim:
+        shim.wait_log("debug: runs from bytecode")
+        assert status(shim)["pid"] == shim.pid      # Popen's own number
+        words = words_of(shim.pid)
+        at = words.index(NUTSHIM)
+        assert words[at:] == [NUTSHIM, "-D", "-f", shim.config]
+        assert read("/proc/%d/comm" % shim.pid) == "nutshim\n"
+        for flag in flags and ("-B", "-Werror", "-Xdev"):
+            assert flag in words[:at]
+        assert works(shim.port("shim"))
+    assert "Warning" not in shim.log
+
+
+def test_the_daemon_in_the_background_runs_from_bytecode(daemon, nut, pki):
+    """The pidfile names the process that serves, isolated and without site, and the parent waited for it."""
+    shim = daemon({"shim": server_section(nut, pki)})
+    assert shim.processes() == [shim.pid] and status(shim)["pid"] == shim.pid
+    words = words_of(shim.pid)
+    assert words[1:3] == ["-I", "-S"] and NUTSHIM in words
+    assert read(shim.proc + "/comm") == "nutshim\n"
+    assert works(shim.port("shim"))
+
+
+def started_as_a_program(path, code):
+    """Write a script that becomes `python3 nutshim.py` after some code; its path."""
+    return write(os.path.join(path, "start.py"), "import os, runpy, sys\n%s\nsys.argv[0] = %r\n"
+                 "runpy.run_path(%r, run_name='__main__')\n" % (code, NUTSHIM, NUTSHIM), 0o644)
+
+
+NO_FILE = """
+def fails(*_):
+    raise OSError(38, "Function not implemented")
+os.memfd_create = fails
+"""
+
+
+@pytest.mark.parametrize("code, env, way", [
+    (NO_FILE, {}, "source: .*Function not implemented"),
+    ("if hasattr(os, 'memfd_create'): del os.memfd_create", {}, "bytecode"),
+    ("", {"PYTHONPATH": "/nonexistent"}, "source: .*environment"),
+    ("", {"PYTHONHOME": sys.base_prefix}, "source: .*environment")],
+    ids=["memfd fails", "no memfd", "PYTHONPATH", "PYTHONHOME"])
+def test_without_the_means_it_goes_on_from_source(nut, pki, tmp_path, code, env, way):
+    """Where no unnamed file can be had, or Python's modules are elsewhere, it runs as it was compiled; -D says so."""
+    before = set(os.listdir("/run")) | set(os.listdir("/tmp"))
+    with Shim({"shim": server_section(nut, pki)}, script=started_as_a_program(str(tmp_path), code), args=("-D",),
+              env=env) as shim:
+        shim.wait_log("debug: runs from " + way)
+        assert status(shim)["pid"] == shim.pid and works(shim.port("shim"))
+        left = (set(os.listdir("/run")) | set(os.listdir("/tmp"))) - before
+        assert not [name for name in left if name.startswith(".nutshim")]
+
+
+INHERIT = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+fds = [os.dup(1) for _ in range(20)] + list(os.pipe())
+for fd in fds:
+    os.set_inheritable(fd, True)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_nothing_of_its_parent_stays(nut, pki):
+    """Descriptors that the parent left open are closed, and signals that it held back are let through."""
+    plain = Shim({"shim": server_section(nut, pki)})
+    with plain, Shim({"shim": server_section(nut, pki)}, script="-c", args=(INHERIT, sys.executable, NUTSHIM, "-F")) as shim:
+        assert shim.fds() == plain.fds()
+        mark = shim.mark()
+        shim.reload()
+        shim.wait_log("reloaded", start=mark)
+        shim.stop()
+
+
+@as_root
+@pytest.mark.parametrize("name", ["log", "nutshim.pid"])
+@pytest.mark.parametrize("trick", ["a second name", "another user's"])
+def test_a_file_that_may_be_somebody_elses_is_left_alone(daemon, nut, pki, name, trick):
+    """A log or pidfile with a second hard link, or of a strange user, ends the start with words and is not written to."""
+    shim = daemon({"shim": server_section(nut, pki)}, start=False)
+    precious, path = os.path.join(shim.folder, "precious"), os.path.join(shim.folder, name)
+    write(precious, "precious\n")
+    if trick == "a second name":
+        os.link(precious, path)
+    else:
+        os.rename(precious, path)
+        os.chown(path, 12345, 12345)
+        precious = path
+    done = shim.start()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    words = "has another name too" if trick == "a second name" else "belongs to user 12345"
+    assert re.search(r"nutshim\.conf:\d+.*%s.*%s" % (re.escape(name), words), done.stderr), done.stderr
+    assert read(precious) == "precious\n"
+    assert shim.processes() == []
+
+
+def test_an_address_that_is_not_there_yet_is_bound_all_the_same(shim, nut, pki):
+    """An address of listen that this machine lacks is warned about in the log, by -t and in the status; the others serve."""
+    section = server_section(nut, pki)
+    config = {"shim": dict(section, listen=section["listen"] + ", 192.0.2.1:0, [2001:db8::1]:0")}
+    one = shim(config)
+    assert works(one.port("shim"))
+    for address in ("192.0.2.1", "2001:db8::1"):
+        pattern = r"warning: \S+nutshim\.conf:\d+: \[shim\] listen: %s: this machine has no such address" % re.escape(address)
+        one.wait_log(pattern)
+        assert re.search(pattern, run_shim("-t", "-f", one.config).stdout)
+    assert [each.rpartition(":")[0] for each in shim_status(one, "shim")["absent"]] == ["192.0.2.1", "[2001:db8::1]"]
+    assert "this machine has no address [2001:db8::1]" in command(one, "status").stdout
+
+
 # ---- user, chroot, ports ------------------------------------------------------------------------
 
 @as_root
