@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from harness import (FalseServer, PlainClient, Shim, TlsClient, client_context, free_port, pair_config, patched, poll, status,
+from harness import (FalseServer, PlainClient, Shim, TlsClient, client_context, pair_config, poll, status,
                      silent)
 from wire import standin
 
