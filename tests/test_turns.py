@@ -189,14 +189,13 @@ GREEDY = {
     "local replies that are not read": (silent, b"STARTTLS\n" * 50000),
     "identities without an answer": (silent, b"LOGIN " + b"u" * 500 + b"\n" + (b"USERNAME " + b"x" * 480 + b"\n") * 300),
     "an unfinished command": (silent, b"SET VAR ups " + b"v" * 33000),
-    "an unfinished command of short words": (silent, b"SET " + b"w " * 16000),
     "an unfinished command of equals": (silent, b"=" * 33000),
     "an unfinished quote": (silent, b'SET "' + b"\\a" * 16000),
 }
 
 
-@pytest.mark.parametrize("role", ["server", "client"])
-@pytest.mark.parametrize("how", GREEDY)
+@pytest.mark.parametrize("role, how", [("server", how) for how in GREEDY] + [("client", how) for how in (
+    "replies that are not read", "questions without an answer", "identities without an answer", "an unfinished quote")])
 def test_no_session_holds_more_than_256_kib(shim, pki, role, how):
     """Whatever a client sends and leaves unread, its session's share of the process's own memory stays below 256 KiB."""
     behaviour, data = GREEDY[how]
