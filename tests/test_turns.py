@@ -74,6 +74,12 @@ def test_an_upstream_that_answers_in_two_lines_mixes_nobody_up(shim, pki):
                 client.recv_lines(2)
                 client.send("GET VAR ups battery.charge\nLOGOUT\n")
                 assert client.recv_until_close() == b'VAR ups battery.charge "100"\nOK Goodbye\n'
+            with connect() as client:               # one that ends its side is still owed its reply
+                client.send("VER\n")
+                client.recv_lines(2)
+                client.send("GET VAR ups ups.status\n")
+                socket.socket.shutdown(client.sock, socket.SHUT_WR)
+                assert client.recv_line() == b'VAR ups ups.status "OL"\n'
 
 
 # ---- turns are bounded ---------------------------------------------------------------------------
@@ -140,14 +146,15 @@ def private(pid):
         return sum(int(line.split()[1]) for line in file if line.startswith(("Private_", "Swap:")))
 
 
-def settled(pid):
-    """private(), once it stands still."""
-    last, size = 0, private(pid)
-    while abs(size - last) > 64:
-        last = size
-        time.sleep(0.3)
-        size = private(pid)
-    return size
+def settled(shim):
+    """A shim's own memory in kB, once its sessions move no more bytes."""
+    def moved():
+        return sum(each["bytes_in"] + each["bytes_out"] for each in status(shim)["sessions"])
+    last, now = -1, moved()
+    while last != now:
+        time.sleep(0.2)
+        last, now = now, moved()
+    return private(shim.pid)
 
 
 def press(clients, data):
@@ -211,12 +218,12 @@ def test_no_session_holds_more_than_256_kib(shim, pki, role, how):
             lambda: PlainClient(measured.port("client")))
         warm = [stack.enter_context(connect()) for _ in range(2)]
         press(warm, data)
-        before = settled(measured.pid)
+        before = settled(measured)
         clients = [stack.enter_context(connect()) for _ in range(HELD)]
         for client in clients:
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         press(clients, data)
-        held = (settled(measured.pid) - before) / HELD
+        held = (settled(measured) - before) / HELD
         assert len(status(measured)["sessions"]) >= HELD, "the sessions are gone"
         assert held < 256, "%.0f kB a session" % held
 
@@ -249,10 +256,10 @@ def test_half_a_record_holds_little(shim, nut, pki):
             self.tls, self.incoming = tls, incoming
     warm, split = Split(), []
     try:
-        before = settled(one.pid)
+        before = settled(one)
         split = [Split() for _ in range(HELD)]
         poll(lambda: len(status(one)["sessions"]) == HELD + 1, 5)
-        held = (settled(one.pid) - before) / HELD
+        held = (settled(one) - before) / HELD
         assert held < 64, "%.0f kB a session" % held
         for each in [warm] + split[:2]:
             each.sock.sendall(each.last)
