@@ -1187,6 +1187,7 @@ def test_password_in_the_log(nut, shim, pki):
                 seen = run_shim("-c", "status", "--json", "-f", running.config).stdout
         with PlainClient(running.port("server")) as client:     # and one that forgets about TLS
             assert client.ask(line) == NOT_ENABLED
+    running.stop()                                  # so that the log is whole
     assert "USERNAME" in running.log and "admin" in seen
     found = [secret for secret in secrets if secret in running.log + seen]
     assert not found, [line for line in running.lines if "sesame" in line]
