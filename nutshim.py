@@ -679,11 +679,12 @@ def printable(data) -> str:
 # --- Certificates and TLS ------------------------------------------------------------------------
 
 Certificate = collections.namedtuple(
-    "Certificate", "names pin not_before not_after subject issuer is_ca spki extensions")
+    "Certificate", "names pin not_before not_after subject issuer fields is_ca spki extensions")
 Certificate.__doc__ = """What is read of a certificate (RFC 5280 4.1). Its texts are printable().
 
 names as permit has them (CN=, DNS:, IP:, URI:, email:); pin of spki, the public key's DER; not_before
-and not_after in seconds since 1970; subject and issuer in one line; extensions {OID's content: value}."""
+and not_after in seconds since 1970; subject and issuer in one line, and the subject's fields as
+[(CN and the like, text)]; extensions as {OID's content: value}."""
 
 RevocationList = collections.namedtuple("RevocationList", "issuer this_update next_update")
 RevocationList.__doc__ = "A CRL (RFC 5280 5.1); without a next update, next_update is NO_EXPIRY."
@@ -696,7 +697,7 @@ Loaded.__doc__ = "A certificate or revocation list in use: what it is and where 
 
 _SEQUENCE, _SET, _INTEGER, _BITS, _OCTETS, _OID, _BOOLEAN = 0x30, 0x31, 0x02, 0x03, 0x04, 0x06, 0x01
 _TIMES = (0x17, 0x18)                                   # UTCTime, GeneralizedTime
-_COMMON_NAME, _SAN, _BASIC_CONSTRAINTS = b"\x55\x04\x03", b"\x55\x1d\x11", b"\x55\x1d\x13"
+_SAN, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
 _ATTRIBUTES = {b"\x55\x04" + bytes([number]): name for number, name in (
     (3, "CN"), (4, "SN"), (5, "serialNumber"), (6, "C"), (7, "L"), (8, "ST"), (9, "street"), (10, "O"),
     (11, "OU"), (12, "title"), (42, "GN"))}
@@ -825,7 +826,7 @@ def _attribute_text(tag, value):
 
 
 def _name(content):
-    """A Name as [[(OID's content, text or None, hexadecimal value), …], …] (RFC 5280 4.1.2.4)."""
+    """A Name as [[(CN and the like, text), …], …] (RFC 5280 4.1.2.4); no text in hexadecimal, behind #."""
     found = []
     for tag, relative, _ in der_items(content):
         pairs = der_items(relative)
@@ -838,14 +839,15 @@ def _name(content):
             if len(fields) != 1:
                 raise ValueError("a name's attribute has not one value")
             tag, value, whole = fields[0]
-            found[-1].append((oid, _attribute_text(tag, value), whole.hex()))
+            field, text = _ATTRIBUTES.get(oid) or oid_text(oid), _attribute_text(tag, value)
+            # A CN that is no text has a field of its own, so that none is taken for a name.
+            found[-1].append((field, text) if text is not None else (oid_text(oid), "#" + whole.hex()))
     return found
 
 
 def _name_text(name):
     """A Name in one line, as in C=FR, O=Network UPS Tools, CN=ups.lan."""
-    return ", ".join(" + ".join(f"{_ATTRIBUTES.get(oid) or oid_text(oid)}=" + ("#" + raw if text is None else _quoted(text, ',+"'))
-                                for oid, text, raw in pairs) for pairs in name)
+    return ", ".join(" + ".join(f"{field}={_quoted(text, ',+')}" for field, text in pairs) for pairs in name)
 
 
 def oid_text(content: bytes) -> str:
@@ -863,12 +865,14 @@ def oid_text(content: bytes) -> str:
 def _quoted(text, marks):
     """printable(), in quotes where one of the marks in it could be taken for the text's end."""
     text = printable(text)
-    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"' if any(mark in text for mark in marks) or text != text.strip() else text
+    if text == text.strip() and not any(mark in text for mark in marks + '"'):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def names_text(names: list) -> str:
     """Names for a message, with commas that cannot be confused with those in a name."""
-    return ", ".join(_quoted(name, ',"') for name in names)
+    return ", ".join(_quoted(name, ',') for name in names)
 
 
 def _der_time(field):
@@ -966,11 +970,12 @@ def read_certificate(der: bytes) -> Certificate:
         for oid in (_SAN, _BASIC_CONSTRAINTS):
             if oid in extensions:
                 _check_der(der_items(extensions[oid]))
-        names = ["CN=" + text for pairs in subject for oid, text, _ in pairs if oid == _COMMON_NAME and text is not None]
+        names = ["CN=" + text for pairs in subject for field, text in pairs if field == "CN"]
         names += _san_names(extensions[_SAN]) if _SAN in extensions else []
         pin = "sha256//" + binascii.b2a_base64(hashlib.sha256(spki).digest(), newline=False).decode()
         # With an escape in it a name matches no permit line.
         return Certificate(list(map(printable, names)), pin, begin, end, _name_text(subject), _name_text(issuer),
+                           [(field, printable(text)) for pairs in subject for field, text in pairs],
                            _BASIC_CONSTRAINTS in extensions and _is_ca(extensions[_BASIC_CONSTRAINTS]), spki, extensions)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"a certificate that cannot be read ({_plain(error)})") from None
