@@ -1054,9 +1054,9 @@ _KEYS, _LISTS, _TRUST = ("PRIVATE KEY",), (REVOCATION_LIST,), CERTIFICATES + (RE
 _KINDS = {CERTIFICATES: "certificate", _TRUST: "certificate", _KEYS: "private key",
           _LISTS: "revocation list (X509 CRL)"}
 _BLANKS = "".join(map(chr, range(33)))                  # What OpenSSL takes off a line's end.
-_marker = re.compile(r"-----(BEGIN|END) (.+)-----").fullmatch
-_like_marker = re.compile(
-    r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b").search
+_marker = re.compile(r"-----(BEGIN|END) ([!-,.-~]+(?:[ -][!-,.-~]+)*)-----").fullmatch
+_like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
+                          r"-\s*(?i:(?:BEGIN|END) (?:\w+ )*(?:CERTIFICATE|CRL|KEY)\b)").search
 _base64 = re.compile(r"[A-Za-z0-9+/]*={0,2}").fullmatch
 
 
@@ -1085,7 +1085,7 @@ def pem_blocks(data: bytes) -> list:
             continue                        # Text, or what somebody has turned into a comment.
         if kind and not marker and not like:
             lines.append(line)
-        elif not marker or "-----" in marker.group(2):
+        elif not marker:
             raise ValueError(f"line {number}: {_marker_fault(line)}")
         elif marker.group(1) == "BEGIN" and not kind:
             kind, start, lines = marker.group(2), number, []
@@ -1197,6 +1197,9 @@ class Credentials:
                     raise ValueError(
                         f"line {block.line}: a TRUSTED CERTIFICATE, which only the openssl command "
                         f"understands; 'openssl x509 -in {path} -out NEWFILE' writes a plain one")
+                if block.kind not in _TRUST and _is_certificate(block.der):
+                    raise ValueError(f"line {block.line}: a certificate under the heading "
+                                     f"{printable(block.kind)}: expected CERTIFICATE")
             _wanted(blocks, kinds, data)
             return blocks
         except (OSError, ValueError) as error:
@@ -1358,6 +1361,13 @@ class Credentials:
         for each, path in lists.values():
             self._note("revocation list", path, each.issuer, each.this_update, each.next_update)
         context.crl_issuers = {each.issuer for each, _ in lists.values()}
+
+
+def _is_certificate(der):
+    try:
+        return bool(read_certificate(der))
+    except ValueError:
+        return False
 
 
 def _try_openssl(context, certificate, der):

@@ -247,6 +247,10 @@ def test_damaged_pem_files_are_named(pki, tmp_path):
         "trust": {
             "dash lost": (ca[1:], "damaged"), "a damaged second": (ca + other.replace("MII", "!!!", 1), "damaged base64"),
             "dash lost in the second": (ca + other[1:], "damaged"), "trusted": (tight, "TRUSTED CERTIFICATE"),
+            "six dashes": (ca + other.replace("ATE-----", "ATE------"), "damaged BEGIN"), "lower case": (
+                ca + other.replace("BEGIN CERTIFICATE", "begin certificate"), "damaged BEGIN"), "a blank": (
+                ca + other.replace("ATE-----", "ATE -----"), "damaged BEGIN"), "misspelt": (
+                ca + other.replace("CERTIFICATE", "CERTFICATE"), "a certificate under the heading CERTFICATE"),
             "trusted among others": (ca + tight, "TRUSTED CERTIFICATE"), "ber": (ca + pem(certificate(subject=indefinite(SUBJECT))), "indefinite"),
             "list": (ca + read(pki.crl), "revocation list, which counts only as crl"), "a list alone": (read(pki.crl), r"set crl = \S*list"),
         }}
