@@ -21,8 +21,8 @@ Without a command it makes one pair of files and keeps nothing else:
 Secret files are root's and NUT's group may read them (0640 root:nut); 0600 where there is no
 NUT user. `show` and `check` read any PEM file and change nothing.
 
-From the top: limits - names - files - what is in them - the openssl command - the CA - what is made - show -
-check - the command line. It needs no more than OpenWrt's python3-light and openssl-util,
+From the top: limits - names - files - what is in them - the openssl command - the CA - what is
+made - show - check - the command line. It needs no more than OpenWrt's python3-light and openssl-util,
 Python 3.7, OpenSSL 1.1.1. LibreSSL lacks options that revoke, renew and check want. What reads
 certificates wants nutshim.py beside this file, and with it python3-openssl.
 """
@@ -279,8 +279,9 @@ def conf_folder() -> str:
 # --- what is in them: DER, read by nutshim.py, never openssl's words about it ---
 
 OIDS = {  # those of a public key's algorithm or curve
-    "1.2.840.113549.1.1.1": "RSA", "1.2.840.113549.1.1.10": "RSA-PSS", "1.2.840.10045.3.1.7": "EC P-256",
-    "1.3.132.0.34": "EC P-384", "1.3.132.0.35": "EC P-521", "1.3.101.112": "Ed25519", "1.3.101.113": "Ed448"}
+    "1.2.840.113549.1.1.1": "RSA", "1.2.840.113549.1.1.10": "RSA-PSS",
+    "1.2.840.10045.3.1.7": "EC P-256", "1.3.132.0.34": "EC P-384", "1.3.132.0.35": "EC P-521",
+    "1.3.101.112": "Ed25519", "1.3.101.113": "Ed448"}
 EXTENDED_KEY_USAGE = b"\x55\x1d\x25"
 USES = {"2.5.29.37.0": "any use", "1.3.6.1.5.5.7.3.1": "TLS Web Server Authentication",
         "1.3.6.1.5.5.7.3.2": "TLS Web Client Authentication", "1.3.6.1.5.5.7.3.3": "Code Signing",
@@ -292,7 +293,8 @@ def reader():
     """nutshim.py, as a module: there is one reader of certificates, the one that serves."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "nutshim.py")
     if not os.path.isfile(path):
-        raise Fault("%s: is missing; certificates are read with it: put nutshim.py beside mkNUTcert.py" % path)
+        raise Fault("%s: is missing; certificates are read with it: put nutshim.py beside "
+                    "mkNUTcert.py" % path)
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ in /usr/sbin
     try:
         # By its path, since an isolated Python does not look beside the script.
@@ -323,19 +325,20 @@ def read_pem(path: str) -> Pem:
         raise Fault("%s: no whole PEM file: %s" % (path, error))
     for block in blocks:
         if block.encrypted:
-            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it off: "
-                        "openssl pkey -in %s -out NEWFILE" % (path, path))
+            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it "
+                        "off: openssl pkey -in %s -out NEWFILE" % (path, path))
         if block.kind == "TRUSTED CERTIFICATE":
-            raise Fault("%s: a TRUSTED CERTIFICATE, which nutshim.py does not take; write a plain one: "
-                        "openssl x509 -in %s -out NEWFILE" % (path, path))
+            raise Fault("%s: a TRUSTED CERTIFICATE, which nutshim.py does not take; write a plain "
+                        "one: openssl x509 -in %s -out NEWFILE" % (path, path))
         kind = block.kind if block.kind not in reader().CERTIFICATES else reader().CERTIFICATES[0]
         place = {"CERTIFICATE": pem.certs, reader().REVOCATION_LIST: pem.crls}.get(
             kind, pem.keys if kind.endswith("PRIVATE KEY") else [])
-        lines = re.findall(b".{1,64}", base64.b64encode(block.der))
-        place.append(b"-----BEGIN %s-----\n%s\n-----END %s-----\n" % (kind.encode(), b"\n".join(lines), kind.encode()))
+        lines = b"\n".join(re.findall(b".{1,64}", base64.b64encode(block.der)))
+        title = kind.encode()
+        place.append(b"-----BEGIN %s-----\n%s\n-----END %s-----\n" % (title, lines, title))
     if not any(pem[1:]):
-        raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an X509 CRL) and its "
-                    "END line; bring the whole file again" % path)
+        raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an "
+                    "X509 CRL) and its END line; bring the whole file again" % path)
     return pem
 
 
@@ -364,8 +367,9 @@ def describe(cert: bytes) -> Certificate:
                 uses.append(USES.get(reader().oid_text(oid), reader().oid_text(oid)))
     except (ValueError, IndexError) as error:
         raise Fault("no certificate that nutshim.py takes: %s; make it again" % error)
-    return Certificate(cert, found.subject or "no subject", found.issuer or "nobody", moment(found.not_before),
-                       moment(found.not_after), [name for name in found.names if not name.startswith("CN=")],
+    return Certificate(cert, found.subject or "no subject", found.issuer or "nobody",
+                       moment(found.not_before), moment(found.not_after),
+                       [name for name in found.names if not name.startswith("CN=")],
                        ", ".join(uses), found.is_ca, key_name(found.spki), found.pin, found.fields)
 
 
@@ -397,7 +401,7 @@ def subject_fields(cert: bytes) -> Dict[str, str]:
 
 
 def key_name(public: bytes) -> str:
-    """What kind of key it is, from its SubjectPublicKeyInfo (RFC 5280 4.1, RFC 3279 2.3, RFC 5480)."""
+    """What kind of key it is, from its SubjectPublicKeyInfo (RFC 3279 2.3, RFC 5480)."""
     items = reader().der_items
     (_, algorithm, _), (_, bits, _) = items(items(public)[0][1])
     oids = [reader().oid_text(content) for tag, content, _ in items(algorithm) if tag == 0x06]
@@ -425,7 +429,7 @@ def now() -> datetime.datetime:
 
 
 def moment(seconds: int) -> datetime.datetime:
-    # Not fromtimestamp(), which ends in 2038 where time_t has 32 bits. Naive, and UTC everywhere here.
+    # Not fromtimestamp(), which ends in 2038 where time_t has 32 bits. Naive, and UTC everywhere.
     return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
 
 
@@ -578,7 +582,8 @@ class OpenSSL:
             options += ("-untrusted", self.file("chain.pem", chain))
         if trust:
             options += ("-CAfile", self.file("trust.pem", trust))
-        code, out, err = self.run("verify", "-no_check_time", *options, self.file("verified.pem", cert))
+        file = self.file("verified.pem", cert)
+        code, out, err = self.run("verify", "-no_check_time", *options, file)
         found = re.findall(r"^error (\d+) at \d+ depth lookup: ?(.*)", out + err, re.M)
         if code != 0 and not found:
             raise Fault("openssl verify failed:\n  " + err.strip())
@@ -1052,9 +1057,11 @@ def not_checked(certs: List[Certificate], known: List[Certificate], crls: List[b
         if cert.issuer == cert.subject:
             continue
         if cert.issuer not in subjects and cert.is_ca:
-            notes.append("who issued %s: its CA %s is not at hand; %s" % (cert.subject, cert.issuer, NEEDS_CA))
+            notes.append("who issued %s: its CA %s is not at hand; %s" % (
+                cert.subject, cert.issuer, NEEDS_CA))
         if cert.issuer not in listed:
-            notes.append("whether %s is revoked: no CRL of %s is at hand; name its file too" % (cert.subject, cert.issuer))
+            notes.append("whether %s is revoked: no CRL of %s is at hand; name its file too" % (
+                cert.subject, cert.issuer))
     return list(dict.fromkeys(notes))
 
 
@@ -1092,7 +1099,8 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
     if role in errors and errors[role] or all(errors.values()):
         for number, text in errors.get(role, errors["server"]).items():
             if number in NO_CA:
-                text = "who issued it could not be checked: its CA %s is not at hand" % certs[-1].issuer
+                text = ("who issued it could not be checked: its CA %s is not at hand"
+                        % certs[-1].issuer)
             yield ("%s: %s" % (own.subject, text),
                    CURES.get(number, "make a certificate that keeps to RFC 5280: mkNUTcert.py"))
     if crls and 23 in ossl.verify(own.pem, trust, "-crl_check", "-CRLfile", ossl.file("crls.pem", crls), chain=chain):

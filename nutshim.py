@@ -1373,7 +1373,8 @@ def _is_certificate(der):
 def _try_openssl(context, certificate, der):
     """Load a certificate into a context's store; ValueError that names it if OpenSSL refuses."""
     try:
-        context.load_verify_locations(cadata=der)
+        # Not as DER, whose end Python 3.7 does not know from a fault with OpenSSL 3.
+        context.load_verify_locations(cadata=ssl.DER_cert_to_PEM_cert(der))
     except (OSError, ValueError) as error:
         raise ValueError(f"OpenSSL does not take the certificate of {certificate.subject}: "
                          f"{openssl_words(error)}") from None
