@@ -21,7 +21,7 @@ Without a command it makes one pair of files and keeps nothing else:
 Secret files are root's and NUT's group may read them (0640 root:nut); 0600 where there is no
 NUT user. `show` and `check` read any PEM file and change nothing.
 
-From the top: limits - names - files - the openssl command - the CA - what is made - show -
+From the top: limits - signals - names - files - the openssl command - the CA - what is made - show -
 check - the command line. It needs no more than OpenWrt's python3-light and openssl-util,
 Python 3.7, OpenSSL 1.1.1. LibreSSL lacks options that revoke, renew, show and check want.
 """
@@ -67,6 +67,35 @@ LAST_UTCTIME = datetime.datetime(2049, 12, 31, 23, 59, 59)  # RFC 5280 4.1.2.5.1
 
 class Fault(Exception):
     """Something that the user can set right; shown without a traceback, exit 1."""
+
+
+# --- signals: a run that is told to stop tidies up first ---
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Whatever is done with the handlers of STOPS inside is undone."""
+    kept = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stops_late() -> Iterator[None]:
+    """A signal to stop that comes inside takes effect at the end."""
+    came: List[int] = []
+    with handlers_kept():
+        for number in STOPS:
+            if callable(signal.getsignal(number)):
+                signal.signal(number, lambda number, _: came.append(number))
+        yield
+    if came:
+        raise KeyboardInterrupt
 
 
 # --- names: whatever gets into a certificate, and so into an openssl configuration ---
@@ -525,13 +554,13 @@ class OpenSSL:
     def run(self, *args: str, stdin: bytes = b"", slow: bool = False) -> Tuple[int, str, str]:
         """Exit code, standard output, error text. `slow` shows a dot a second."""
         data: Optional[bytes] = stdin
+        process: Optional["subprocess.Popen[bytes]"] = None
         try:
-            process = subprocess.Popen(("openssl",) + args, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, cwd=self.folder,
-                                       env=dict(os.environ, OPENSSL_CONF="openssl.cnf"))
-        except FileNotFoundError:
-            raise Fault("the openssl command is missing: install the package openssl (on OpenWrt openssl-util)")
-        with process:
+            with stops_late():
+                process = subprocess.Popen(("openssl",) + args, stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                           cwd=self.folder,
+                                           env=dict(os.environ, OPENSSL_CONF="openssl.cnf"))
             while True:
                 try:
                     out, err = process.communicate(data, timeout=1 if slow else None)
@@ -539,9 +568,13 @@ class OpenSSL:
                 except subprocess.TimeoutExpired:
                     data = None  # it is on its way already
                     print(".", end="", file=sys.stderr, flush=True)
-                except BaseException:
-                    process.kill()
-                    raise
+        except FileNotFoundError:
+            raise Fault("the openssl command is missing: install the package openssl (on OpenWrt openssl-util)")
+        except BaseException:
+            if process:
+                process.kill()
+                process.wait()
+            raise
 
     def __call__(self, *args: str, stdin: bytes = b"", slow: bool = False) -> str:
         """Standard output; a failure is a Fault in openssl's own words."""
@@ -567,9 +600,9 @@ class OpenSSL:
              start: datetime.datetime, end: datetime.datetime, ca_key: bytes,
              ca_cert: Optional[bytes]) -> bytes:
         """A certificate for `key`. No ca_cert: it is the CA's own."""
-        extensions = CA_USE
+        extensions, public = CA_USE, self.public(key)
         if role != "ca":
-            extensions = LEAF_USE % role + (RSA_USE if RSA in self.public(key)[:32] else "")
+            extensions = LEAF_USE % role + (RSA_USE if RSA in public[:32] else "")
         # Behind a backslash no sign has a meaning in the configuration.
         self.configure("\n".join("%s = %s" % (field, re.sub(r"([^\w ]|_)", r"\\\1", value))
                                  for field, value in subject.items() if value), extensions,
@@ -581,25 +614,21 @@ class OpenSSL:
         issuer = ("-cert", self.file("issuer.pem", ca_cert)) if ca_cert else ("-selfsign",)
         out = self("ca", "-batch", "-notext", "-preserveDN", "-in", request, "-keyfile", "/dev/stdin",
                    "-startdate", asn1_time(start), "-enddate", asn1_time(end), *issuer, stdin=ca_key)
-        cert = out.encode()
-        public = self("x509", "-noout", "-pubkey", stdin=cert)
-        if self.serial(cert) != serial or der(public) != self.public(key):
+        fields = certificate_fields(out)
+        if serial_of(fields) != serial or fields[5][1] != elements(public)[0][1]:
             raise Fault("openssl ca made another certificate than it was asked for")
-        return cert
+        return out.encode()
 
     def crl(self, ca_key: bytes, ca_cert: bytes, index: "Index", number: int) -> bytes:
         """The CRL for an index. It has no end: an overdue one would lock every client out."""
         self.file("index.txt", b"".join(index.values()))
         self.file("crlnumber", b"%016X\n" % number)
-        crl = self("ca", "-batch", "-gencrl", "-keyfile", "/dev/stdin",
+        out = self("ca", "-batch", "-gencrl", "-keyfile", "/dev/stdin",
                    "-cert", self.file("issuer.pem", ca_cert),
-                   "-crldays", str((NO_END - now()).days), stdin=ca_key).encode()
-        if on_list(crl) != revoked(index):
+                   "-crldays", str((NO_END - now()).days), stdin=ca_key)
+        if on_list(out) != revoked(index):
             raise Fault("openssl ca made a revocation list that is not the index's")
-        return crl
-
-    def serial(self, cert: bytes) -> int:
-        return int(self("x509", "-noout", "-serial", stdin=cert).strip().partition("=")[2], 16)
+        return out.encode()
 
     def verify(self, cert: bytes, trust: bytes, *options: str, chain: bytes = b"") -> Dict[int, str]:
         """OpenSSL's error numbers and their texts; none if the certificate holds. Dates do not count."""
@@ -655,6 +684,49 @@ class OpenSSL:
 
 def der(pem: str) -> bytes:
     return base64.b64decode("".join(pem.split("-----")[2].split()))
+
+
+def elements(data: bytes) -> List[Tuple[int, bytes]]:
+    """The DER elements that data is made of, as (tag, content) (X.690 8.1)."""
+    found = []
+    while data:
+        size, start = data[1], 2
+        if size & 0x80:
+            start += size & 0x7f
+            size = int.from_bytes(data[2:start], "big")
+        if len(data) < start + size:
+            raise ValueError("cut off")
+        found.append((data[0], data[start:start + size]))
+        data = data[start + size:]
+    return found
+
+
+def signed_fields(pem: str) -> List[Tuple[int, bytes]]:
+    """The fields of what is signed in a certificate or CRL."""
+    return elements(elements(elements(der(pem))[0][1])[0][1])
+
+
+def certificate_fields(pem: str) -> List[Tuple[int, bytes]]:
+    """RFC 5280 4.1, without the version: serial, algorithm, issuer, validity, subject, key."""
+    try:
+        fields = signed_fields(pem)
+        return fields[1:7] if fields[6] and fields[0][0] == 0xa0 else fields
+    except (IndexError, ValueError):
+        raise Fault("this is no certificate that can be read")
+
+
+def serial_of(fields: List[Tuple[int, bytes]]) -> int:
+    return int.from_bytes(fields[0][1], "big")
+
+
+def on_list(pem: str) -> Set[int]:
+    """The serials that a CRL revokes (RFC 5280 5.1)."""
+    try:
+        # Three sequences: the algorithm, the issuer, and, if it is not empty, the list.
+        lists = [content for tag, content in signed_fields(pem) if tag == 0x30][2:]
+        return {serial_of(elements(entry)) for entries in lists for _, entry in elements(entries)}
+    except (IndexError, ValueError):
+        raise Fault("is no revocation list that can be read")
 
 
 def pin_of(public: bytes) -> str:
@@ -736,33 +808,6 @@ def revoked(index: Index) -> Set[int]:
     return {serial for serial, line in index.items() if line.startswith(b"R")}
 
 
-def on_list(crl: bytes) -> Set[int]:
-    """The serials that a CRL revokes (RFC 5280 5.1)."""
-    try:
-        fields = elements(elements(elements(der(crl.decode("ascii")))[0][1])[0][1])
-        # Three sequences: the algorithm, the issuer, and, if it is not empty, the list.
-        lists = [content for tag, content in fields if tag == 0x30][2:]
-        return {int.from_bytes(elements(entry)[0][1], "big")
-                for entries in lists for _, entry in elements(entries)}
-    except (IndexError, ValueError):
-        raise Fault("is no revocation list that can be read")
-
-
-def elements(data: bytes) -> List[Tuple[int, bytes]]:
-    """The DER elements that data is made of, as (tag, content) (X.690 8.1)."""
-    found = []
-    while data:
-        size, start = data[1], 2
-        if size & 0x80:
-            start += size & 0x7f
-            size = int.from_bytes(data[2:start], "big")
-        if len(data) < start + size:
-            raise ValueError("cut off")
-        found.append((data[0], data[start:start + size]))
-        data = data[start + size:]
-    return found
-
-
 class CA:
     """Its records hold whenever a run is cut short: first the index knows of a certificate, then
     there is a copy in issued/, and then the file with its key; crl.pem follows the index."""
@@ -782,7 +827,7 @@ class CA:
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 raise Fault("%s: is %s; a CA is safe only where nobody but you can write: %s" % (
                     path, rights(path), "run this as the one it belongs to" if info.st_uid != os.geteuid() else
-                    "chmod go-w " + path))
+                    "chmod go-w " + path + (", or choose another folder" if create else "")))
         with blame(private):
             self.lock = os.open(self.path("private/lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX)
@@ -815,7 +860,7 @@ class CA:
         listed: Optional[Set[int]] = None
         if os.path.lexists(path):
             try:
-                listed = set().union(*map(on_list, read_pem(path).crls))
+                listed = set().union(*(on_list(crl.decode("ascii")) for crl in read_pem(path).crls))
             except Fault as fault:
                 raise Fault("%s: %s; or remove it: the next run makes it again"
                             % (path, str(fault).replace(path + ": ", "")))
@@ -824,10 +869,8 @@ class CA:
         for serial in forgotten:
             index[serial] = as_revoked(index.get(serial) or index_line(serial, NO_END, {}))
         if forgotten or listed is None or revoked(index) - listed:
-            handlers = {number: signal.getsignal(number) for number in STOPS}
-            self.publish(index)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            with handlers_kept():
+                self.publish(index)
             say("%s: made again from %s" % (path, index_path))
         if forgotten:
             say("%s: did not know of %d that crl.pem revokes (restored from an older backup?); "
@@ -875,8 +918,8 @@ class CA:
         path, text = self.path("private/crlnumber"), self.record("private/crlnumber").strip()
         if not re.fullmatch(rb"[0-9]{1,18}", text):
             raise Fault("%s: is damaged, expected the last revocation list's number; write it "
-                        "there, in decimal: openssl crl -noout -crlnumber -in %s tells it in hexadecimal"
-                        % (path, self.path("crl.pem")))
+                        "there in decimal; openssl crl -noout -crlnumber -in %s tells it in "
+                        "hexadecimal" % (path, self.path("crl.pem")))
         number = int(text) + 1
         crl = self.ossl.crl(self.key, self.cert, index, number)
         write_files([self.private("index.txt", b"".join(index.values())),
@@ -1047,7 +1090,7 @@ trust = {there}/nutshim-ca.pem
 def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     with CA(ossl, opts) as ca:
         cert = ca.issued(opts.file).certs[0]
-        serial = ossl.serial(cert)
+        serial = serial_of(certificate_fields(cert.decode("ascii")))
         # Once more is no error, and makes a new list.
         line = ca.index.get(serial) or index_line(serial, ossl.end_of(cert), {})
         ca.publish({**ca.index, serial: as_revoked(line)})
@@ -1348,8 +1391,6 @@ def whole(low: int, high: int):
         return int(text)
     return parse
 
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 COMMANDS = {
     "ca": (make_ca, "make a CA that stays, in a folder of its own"),
