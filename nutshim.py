@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import binascii
 import collections
-import datetime
 import enum
 import errno
 import fcntl
@@ -78,7 +77,10 @@ RESOLVE_TTL = 60          # seconds a name's addresses are used without asking a
 TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each time one is read
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
-NO_EXPIRY = 253402300799  # seconds since 1970: 99991231235959Z, no end that is known (RFC 5280 4.1.2.5)
+MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: a peer's certificate makes no deep recursion
+MAX_PEM = 64 << 20        # bytes a PEM file: large revocation lists have some MB; a device has no end
+BUNDLE = 8                # certificates in trust that are told of one by one; more are a bundle
+NO_EXPIRY = 253370764800  # seconds since 1970: the year 9999, no end that is known (RFC 5280 4.1.2.5)
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
 # --- Options: the one source for parser, help and documentation ----------------------------------
@@ -123,7 +125,16 @@ def _address(text, _base):
         raise ValueError(f"expected HOST[:PORT], an IPv6 address in brackets, a port up to 65535, not '{text}'")
     if any(c > "~" for c in host):
         raise ValueError(f"expected ASCII, an international name in its xn-- form, not '{text}'")
-    return host, int(port) if port else None
+    return host[:-1] if host.endswith(".") else host, int(port) if port else None
+
+
+def _server_name(text, _base):
+    """A host name or address, as certificates have it: without the root's dot at its end."""
+    name = text[:-1] if text.endswith(".") else text
+    if not (numeric_family(name) and "%" not in name) and not re.match(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*\Z", name, re.ASCII):
+        raise ValueError("expected one host name or address, in ASCII (an international name in its xn-- form), without port "
+                         f"or brackets, not '{text}'")
+    return name
 
 
 def _pin(text, _base):
@@ -173,7 +184,7 @@ OPTIONS = [Option(*row) for row in (
     ("key", SHIM, None, _path(), "PEM private key, if not in certificate"),
     ("trust", SHIM, None, _path("system"), "PEM file or directory of trusted certificates, or system"),
     ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"), "full (chain and name), chain, pin, none"),
-    ("server_name", CLIENT, None, _text, "what the certificate must carry; default: upstream's host"),
+    ("server_name", CLIENT, None, _server_name, "what the certificate must carry; default: upstream's host"),
     ("pin", SHIM, None, _list(_pin), "sha256//BASE64 list of the peer's public key"),
     ("crl", SHIM, None, _list(_path()), "PEM revocation list(s)"),
     ("client_certificate", SERVER, "none", _choice("none", "request", "require"), "none, request, require"),
@@ -659,74 +670,336 @@ def starttls_reply(data: bytes) -> bool:
 
 
 def printable(data) -> str:
-    """A peer's bytes or text, made safe for a log line."""
+    """A peer's bytes or text, made safe for a log line: no control, no bidi mark, no newline."""
     text = data.decode("latin-1") if isinstance(data, bytes) else data
-    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else f"\\x{ord(c):02x}" if c <= "\xff"
+                   else c.encode("ascii", "backslashreplace").decode() for c in text)
 
 
 # --- Certificates and TLS ------------------------------------------------------------------------
 
-Certificate = collections.namedtuple("Certificate", "names pin not_after")
-Certificate.__doc__ = "names as permit has them (CN=, DNS:, IP:, URI:, email:); pin; not_after in seconds since 1970."
+Certificate = collections.namedtuple(
+    "Certificate", "names pin not_before not_after subject issuer fields is_ca spki extensions")
+Certificate.__doc__ = """What is read of a certificate (RFC 5280 4.1). Its texts are printable().
+
+names as permit has them (CN=, DNS:, IP:, URI:, email:); pin of spki, the public key's DER; not_before
+and not_after in seconds since 1970; subject and issuer in one line, and the subject's fields as
+[(CN and the like, text)]; extensions as {OID's content: value}."""
+
+RevocationList = collections.namedtuple("RevocationList", "issuer this_update next_update")
+RevocationList.__doc__ = "A CRL (RFC 5280 5.1); without a next update, next_update is NO_EXPIRY."
 
 Peer = collections.namedtuple("Peer", "version cipher names pin not_after")
 Peer.__doc__ = "What the checks, the log and the status know of the other end of a TLS session."
 
-_TEXT_CODECS = {0x0c: "utf-8", 0x1e: "utf-16-be"}
-_SAN_KINDS = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
+Loaded = collections.namedtuple("Loaded", "what not_before not_after")
+Loaded.__doc__ = "A certificate or revocation list in use: what it is and where it stands, and its dates."
+
+_SEQUENCE, _SET, _INTEGER, _BITS, _OCTETS, _OID, _BOOLEAN = 0x30, 0x31, 0x02, 0x03, 0x04, 0x06, 0x01
+_TIMES = (0x17, 0x18)                                   # UTCTime, GeneralizedTime
+_SAN, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
+_ATTRIBUTES = {b"\x55\x04" + bytes([number]): name for number, name in (
+    (3, "CN"), (4, "SN"), (5, "serialNumber"), (6, "C"), (7, "L"), (8, "ST"), (9, "street"), (10, "O"),
+    (11, "OU"), (12, "title"), (42, "GN"))}
+_ATTRIBUTES[bytes.fromhex("2a864886f70d010901")] = "emailAddress"
+_ATTRIBUTES[bytes.fromhex("0992268993f22c640119")] = "DC"
+# Text types. OpenSSL takes what is neither UTF-8 nor wide for Latin-1.
+_TEXTS = {0x0c: "utf-8", 0x12: "latin-1", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1", 0x1a: "latin-1"}
+_WIDE_TEXTS = {0x1c: 4, 0x1e: 2}                        # UniversalString, BMPString: bytes a character
+_TEXT_NAMES = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
+# The other kinds of GeneralName: otherName, x400Address, directoryName, ediPartyName, registeredID.
+_OTHER_NAMES = (0xa0, 0xa3, 0xa4, 0xa5, 0x88)
 
 
-def _der(data):
-    """The DER elements that data is made of, as (tag, content, whole element) (X.690 8.1)."""
-    items = []
-    while data:
-        size, start = data[1], 2
-        if size & 0x80:
+def der_items(data: bytes) -> list:
+    """The DER elements that data is made of, as (tag, content, whole element) (X.690 8.1, 10.1).
+
+    ValueError for lengths that are indefinite or longer than need be, and for tags of several bytes:
+    what two readers could read in two ways is read in none.
+    """
+    items, at, end = [], 0, len(data)
+    while at < end:
+        if end - at < 2:
+            raise ValueError("it is cut short")
+        tag, size, start = data[at], data[at + 1], at + 2
+        if tag & 0x1f == 0x1f:
+            raise ValueError("a tag of more than one byte")
+        if size == 0x80:
+            raise ValueError("an indefinite length")
+        if size > 0x80:
             start += size & 0x7f
-            size = int.from_bytes(data[2:start], "big")
-        if len(data) < start + size:
-            raise ValueError("truncated")
-        items.append((data[0], data[start:start + size], data[:start + size]))
-        data = data[start + size:]
+            octets = data[at + 2:start]
+            size = int.from_bytes(octets, "big")
+            if size < 0x80 or octets[0] == 0:
+                raise ValueError("a length that is not the shortest")
+        if end - start < size:
+            raise ValueError("it is cut short")
+        items.append((tag, data[start:start + size], data[at:start + size]))
+        at = start + size
     return items
 
 
-def _der_time(tag, content):
+def _check_der(items, depth=0):
+    """Each element, and each inside it, has the one form that DER gives it (X.690 8, 10.2, 11.1, 11.2)."""
+    if depth > MAX_DEPTH:
+        raise ValueError("elements too deep inside each other")
+    for tag, content, _ in items:
+        if tag < 0x40 and (tag == 0 or (tag & 0x20 > 0) != (tag in (_SEQUENCE, _SET))):
+            raise ValueError(f"an element with the tag {tag:#04x}")
+        if tag & 0x20:
+            _check_der(der_items(content), depth + 1)
+        elif tag in (_INTEGER, 0x0a):                   # 0x0a: ENUMERATED
+            if not content or content[1:] and (content[0] == 0 and content[1] < 0x80 or content[0] == 0xff and content[1] > 0x7f):
+                raise ValueError("a number that is not the shortest")
+        elif tag == _BITS:
+            if not content or content[0] > 7 or content[0] and (len(content) == 1 or content[-1] & (1 << content[0]) - 1):
+                raise ValueError("a bit string with a wrong end")
+        elif tag == _OID:
+            _check_oid(content)
+        elif tag == _BOOLEAN and content not in (b"\0", b"\xff") or tag == 0x05 and content:
+            raise ValueError("a truth value or null of another form")
+        elif len(content) % _WIDE_TEXTS.get(tag, 1):
+            raise ValueError("a text of a wrong length")
+
+
+def _check_oid(content):
+    if not content or content[-1] & 0x80 or re.search(rb"(?:\A|[\x00-\x7f])\x80", content):
+        raise ValueError("an object identifier that is none")
+
+
+def _take(fields, what, *tags, optional=False):
+    """The next of the fields, which must have one of the tags; None where an optional one is missing."""
+    if fields and fields[0][0] in tags:
+        return fields.pop(0)
+    if optional:
+        return None
+    raise ValueError(f"{what} is not in its place")
+
+
+def _parts(content, what, *tags):
+    """A SEQUENCE's elements, as many and with such tags as expected."""
+    fields = der_items(content)
+    if [field[0] for field in fields] != list(tags):
+        raise ValueError(f"{what} is not as expected")
+    return fields
+
+
+def _signed(der, what):
+    """The fields of what is signed, its version and signature algorithm taken off (RFC 5280 4.1.1)."""
+    whole = der_items(der)
+    _check_der(whole)
+    (_, content, _), = _parts(der, what, _SEQUENCE)
+    (_, body, _), algorithm, (_, signature, _) = _parts(content, what, _SEQUENCE, _SEQUENCE, _BITS)
+    fields = der_items(body)
+    if what == "the certificate":
+        version = _take(fields, "the version", 0xa0, optional=True)
+        if version and version[1] not in (b"\x02\x01\0", b"\x02\x01\1", b"\x02\x01\2"):
+            raise ValueError("the version is not 1, 2 or 3")
+        _take(fields, "the serial number", _INTEGER)
+    else:
+        _take(fields, "the version", _INTEGER, optional=True)
+    if _take(fields, "the signature algorithm", _SEQUENCE)[2] != algorithm[2] or signature[:1] != b"\0":
+        raise ValueError("the signature is not of the algorithm that is signed")
+    _algorithm(algorithm[1])
+    return fields
+
+
+def _algorithm(content):
+    fields = der_items(content)
+    _take(fields, "an algorithm", _OID)
+    if fields[1:]:
+        raise ValueError("an algorithm is not as expected")
+
+
+def _attribute_text(tag, value):
+    """An attribute's value as text, None if it is not of a text type."""
+    if tag in _WIDE_TEXTS:
+        size = _WIDE_TEXTS[tag]
+        text = "".join(chr(int.from_bytes(value[at:at + size], "big")) for at in range(0, len(value), size))
+        text.encode("utf-8")                            # No half of a pair.
+        return text
+    if tag in _TEXTS:
+        return value.decode(_TEXTS[tag])
+    if tag in (_BITS, _SEQUENCE, 0x15, 0x19, 0x1b):     # What OpenSSL takes in a name, and nobody as text.
+        return None
+    raise ValueError("an attribute of a type that no name has")
+
+
+def _name(content):
+    """A Name as [[(CN and the like, text), …], …] (RFC 5280 4.1.2.4); no text in hexadecimal, behind #."""
+    found = []
+    for tag, relative, _ in der_items(content):
+        pairs = der_items(relative)
+        if tag != _SET or not pairs or any(pair[0] != _SEQUENCE for pair in pairs):
+            raise ValueError("a name is not as expected")
+        found.append([])
+        for _, pair, _ in pairs:
+            fields = der_items(pair)
+            oid = _take(fields, "a name's attribute", _OID)[1]
+            if len(fields) != 1:
+                raise ValueError("a name's attribute has not one value")
+            tag, value, whole = fields[0]
+            field, text = _ATTRIBUTES.get(oid) or oid_text(oid), _attribute_text(tag, value)
+            # A CN that is no text has a field of its own, so that none is taken for a name.
+            found[-1].append((field, text) if text is not None else (oid_text(oid), "#" + whole.hex()))
+    return found
+
+
+def _name_text(name):
+    """A Name in one line, as in C=FR, O=Network UPS Tools, CN=ups.lan."""
+    return ", ".join(" + ".join(f"{field}={_quoted(text, ',+')}" for field, text in pairs) for pairs in name)
+
+
+def oid_text(content: bytes) -> str:
+    """An object identifier with dots, from its DER content (X.690 8.19)."""
+    numbers, number = [], 0
+    for byte in content:
+        number = number << 7 | byte & 0x7f
+        if not byte & 0x80:
+            numbers.append(number)
+            number = 0
+    first = min(numbers[0] // 40, 2)
+    return ".".join(map(str, [first, numbers[0] - 40 * first] + numbers[1:]))
+
+
+def _quoted(text, marks):
+    """printable(), in quotes where one of the marks in it could be taken for the text's end."""
+    text = printable(text)
+    if text == text.strip() and not any(mark in text for mark in marks + '"'):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def names_text(names: list) -> str:
+    """Names for a message, with commas that cannot be confused with those in a name."""
+    return ", ".join(_quoted(name, ',') for name in names)
+
+
+def _der_time(field):
     """UTCTime or GeneralizedTime in seconds since 1970 (RFC 5280 4.1.2.5)."""
-    text = content.decode("ascii", "replace")
-    if tag == 0x17:
+    tag, content, _ = field
+    text = content.decode("ascii")
+    if tag == _TIMES[0]:
         text = ("19" if text[:2] >= "50" else "20") + text
-    fields = [int(text[:4])] + [int(text[at:at + 2]) for at in range(4, 14, 2)]
-    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
+    if not re.match("[0-9]{14}Z$", text) or len(text) != 15:
+        raise ValueError("a date of another form")
+    year, month, day, hour, minute, second = [int(text[:4])] + [int(text[at:at + 2]) for at in range(4, 14, 2)]
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    if not (year and 1 <= month <= 12 and 1 <= day <= (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[month - 1]
+            and hour < 24 and minute < 60 and second < 60):
+        raise ValueError("a date that is none")
+    # No datetime, which costs memory, and no time_t, which ends in 2038 on small boxes.
+    days = 365 * (year - 1) + (year - 1) // 4 - (year - 1) // 100 + (year - 1) // 400 + (367 * month - 362) // 12 + day
+    days -= 719163 + (month > 2) * (2 - leap)           # 1970-01-01
+    return 86400 * days + 3600 * hour + 60 * minute + second
 
 
-def _san(kind, value):
-    if kind == 0x87 and len(value) in (4, 16):
-        return "IP:" + socket.inet_ntop(socket.AF_INET if len(value) == 4 else socket.AF_INET6, value)
-    return normal_name(_SAN_KINDS[kind] + value.decode("latin-1")) if kind in _SAN_KINDS else None
+def _san_names(value):
+    """subjectAltName's names, as far as permit has a word for them (RFC 5280 4.2.1.6)."""
+    names = []
+    (_, content, _), = _parts(value, "the subjectAltName", _SEQUENCE)
+    for tag, value, _ in der_items(content):
+        if tag in _TEXT_NAMES:
+            # Whatever is not ASCII is spelt out: no such name is equal to one that an administrator wrote.
+            names.append(normal_name(_TEXT_NAMES[tag] + value.decode("ascii", "backslashreplace")))
+        elif tag == 0x87:
+            if len(value) in (4, 16):
+                names.append("IP:" + socket.inet_ntop(socket.AF_INET if len(value) == 4 else socket.AF_INET6, value))
+        elif tag not in _OTHER_NAMES:
+            raise ValueError("the subjectAltName is not as expected")
+        elif tag == 0xa0:
+            _parts(value, "the subjectAltName", _OID, 0xa0)
+        elif tag == 0xa4:
+            (_, name, _), = _parts(value, "the subjectAltName", _SEQUENCE)
+            _name(name)
+        elif tag == 0xa5:
+            fields = der_items(value)
+            for text in (_take(fields, "", 0xa0, optional=True), _take(fields, "the subjectAltName", 0xa1)):
+                if text and (len(der_items(text[1])) != 1 or text[1][0] not in (0x0c, 0x13, 0x14, 0x1c, 0x1e)) or fields:
+                    raise ValueError("the subjectAltName is not as expected")
+        elif tag == 0x88:
+            _check_oid(value)
+    return names
+
+
+def _extensions(field):
+    """{OID's content: the extension's value} (RFC 5280 4.2)."""
+    found = {}
+    (_, content, _), = _parts(field[1], "the extensions", _SEQUENCE)
+    for tag, extension, _ in der_items(content):
+        fields = der_items(extension)
+        oid = _take(fields, "an extension", _OID)[1]
+        _take(fields, "an extension", _BOOLEAN, optional=True)
+        value = _take(fields, "an extension", _OCTETS)[1]
+        if tag != _SEQUENCE or fields or oid in found:
+            raise ValueError("an extension is not as expected, or stands twice")
+        found[oid] = value
+    return found
+
+
+def _is_ca(value):
+    fields = der_items(_parts(value, "the basicConstraints", _SEQUENCE)[0][1])
+    ca = _take(fields, "the basicConstraints", _BOOLEAN, optional=True)
+    _take(fields, "the basicConstraints", _INTEGER, optional=True)
+    if fields:
+        raise ValueError("the basicConstraints are not as expected")
+    return ca is not None and ca[1] == b"\xff"
 
 
 def read_certificate(der: bytes) -> Certificate:
-    """What permit, pin and the expiry checks need (RFC 5280 4.1); ValueError if it is no certificate."""
+    """A certificate's DER; ValueError for all that is not what RFC 5280 4.1 says, DER throughout.
+
+    OpenSSL reads BER too.  What it would read differently must not be read here, or a peer shows one
+    key or name to OpenSSL and another one to pin or permit.
+    """
     try:
-        fields = _der(_der(_der(der)[0][1])[0][1])
-        if fields[0][0] == 0xa0:                        # The version, which is optional.
-            del fields[0]
-        _serial, _algorithm, _issuer, validity, subject, key = fields[:6]
-        pairs = [_der(pair) for _, relative, _ in _der(subject[1]) for _, pair, _ in _der(relative)]
-        names = ["CN=" + value[1].decode(_TEXT_CODECS.get(value[0], "latin-1"), "replace")
-                 for oid, value in pairs if oid[1] == b"\x55\x04\x03"]
-        for _, extensions, _ in (field for field in fields[6:] if field[0] == 0xa3):
-            for _, extension, _ in _der(_der(extensions)[0][1]):
-                parts = _der(extension)
-                if parts[0][1] == b"\x55\x1d\x11":      # subjectAltName
-                    names += filter(None, (_san(kind, value) for kind, value, _ in _der(_der(parts[-1][1])[0][1])))
-        digest = hashlib.sha256(key[2]).digest()
-        pin = "sha256//" + binascii.b2a_base64(digest, newline=False).decode()
-        # Safe for logs and terminals from here on; with an escape in it a name matches no permit line.
-        return Certificate(list(map(printable, names)), pin, _der_time(*_der(validity[1])[1][:2]))
-    except (IndexError, ValueError, OverflowError) as error:
-        raise ValueError(f"a certificate that cannot be read ({error})") from None
+        fields = _signed(der, "the certificate")
+        issuer = _name(_take(fields, "the issuer", _SEQUENCE)[1])
+        times = der_items(_take(fields, "the validity", _SEQUENCE)[1])
+        begin, end = _der_time(_take(times, "a date", *_TIMES)), _der_time(_take(times, "a date", *_TIMES))
+        subject = _name(_take(fields, "the subject", _SEQUENCE)[1])
+        _, key, spki = _take(fields, "the public key", _SEQUENCE)
+        (_, algorithm, _), (_, bits, _) = _parts(key, "the public key", _SEQUENCE, _BITS)
+        _algorithm(algorithm)
+        for tag in (0x81, 0x82):                        # Unique identifiers.
+            _take(fields, "", tag, optional=True)
+        last = _take(fields, "", 0xa3, optional=True)
+        if times or fields or bits[0]:
+            raise ValueError("a field is not in its place")
+        extensions = _extensions(last) if last else {}
+        for oid in (_SAN, _BASIC_CONSTRAINTS):
+            if oid in extensions:
+                _check_der(der_items(extensions[oid]))
+        names = ["CN=" + text for pairs in subject for field, text in pairs if field == "CN"]
+        names += _san_names(extensions[_SAN]) if _SAN in extensions else []
+        pin = "sha256//" + binascii.b2a_base64(hashlib.sha256(spki).digest(), newline=False).decode()
+        # With an escape in it a name matches no permit line.
+        return Certificate(list(map(printable, names)), pin, begin, end, _name_text(subject), _name_text(issuer),
+                           [(field, printable(text)) for pairs in subject for field, text in pairs],
+                           _BASIC_CONSTRAINTS in extensions and _is_ca(extensions[_BASIC_CONSTRAINTS]), spki, extensions)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"a certificate that cannot be read ({_plain(error)})") from None
+
+
+def read_crl(der: bytes) -> RevocationList:
+    """A revocation list's DER; ValueError for all that is not what RFC 5280 5.1 says."""
+    try:
+        fields = _signed(der, "the revocation list")
+        issuer = _name(_take(fields, "the issuer", _SEQUENCE)[1])
+        begin = _der_time(_take(fields, "a date", *_TIMES))
+        end = _take(fields, "a date", *_TIMES, optional=True)
+        _take(fields, "", _SEQUENCE, optional=True)
+        _take(fields, "", 0xa0, optional=True)
+        if fields:
+            raise ValueError("a field is not in its place")
+        return RevocationList(_name_text(issuer), begin, _der_time(end) if end else NO_EXPIRY)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"a revocation list that cannot be read ({_plain(error)})") from None
+
+
+def _plain(error):
+    """Python's own words about bytes that are no text tell an administrator nothing."""
+    return "a text of a wrong encoding" if isinstance(error, (UnicodeError, OverflowError)) else error
 
 
 def normal_name(name: str) -> str:
@@ -738,29 +1011,111 @@ def normal_name(name: str) -> str:
     return kind + colon + value.lower() if kind in ("DNS", "email", "IP") else name
 
 
-_PEM_KINDS = {"CERTIFICATE": "certificate", "PRIVATE KEY": "private key", "X509 CRL": "revocation list (X509 CRL)"}
+# --- PEM files: read once, and by this reader alone ---
+
+Block = collections.namedtuple("Block", "kind der line encrypted")
+Block.__doc__ = "A PEM block: CERTIFICATE and the like, its bytes, the line of its BEGIN, whether it is a locked key."
+
+CERTIFICATES = ("CERTIFICATE", "X509 CERTIFICATE")      # The second is OpenSSL's older word.
+REVOCATION_LIST = "X509 CRL"
+_KEYS, _LISTS, _TRUST = ("PRIVATE KEY",), (REVOCATION_LIST,), CERTIFICATES + (REVOCATION_LIST,)
+_KINDS = {CERTIFICATES: "certificate", _TRUST: "certificate", _KEYS: "private key", _LISTS: "revocation list (X509 CRL)"}
+_marker = re.compile(r"-----(BEGIN|END) (.+)-----").fullmatch
+_like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b").search
+_base64 = re.compile(r"[A-Za-z0-9+/]*={0,2}").fullmatch
+_TRUSTED = ("a TRUSTED CERTIFICATE, which only the openssl command understands; "
+            "'openssl x509 -in FILE -out NEWFILE' writes a plain one")
 
 
-def _has_certificate(path):
-    """In a directory other files may stand beside: revocation lists, a README."""
-    if not os.path.isfile(path):
-        return False
+def read_file(path: str) -> bytes:
+    """A PEM file's bytes; OSError, or ValueError for what is too large to be one."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_PEM + 1)
+    if len(data) > MAX_PEM:
+        raise ValueError(f"more than {MAX_PEM} bytes: expected a PEM file")
+    return data
+
+
+def pem_blocks(data: bytes) -> list:
+    """The Blocks of a PEM file (RFC 7468); ValueError, with the line, where one is damaged.
+
+    OpenSSL passes over a block whose BEGIN line it does not know for one, without a word.  So whatever
+    looks like such a line must be one.  Text between the blocks, CRLF and a BOM do no harm.
+    """
+    blocks, kind, start = [], None, 0
+    for number, line in enumerate(data.decode("latin-1").split("\n"), 1):
+        if number == 1 and line.startswith("\xef\xbb\xbf"):
+            line = line[3:]
+        line = line.rstrip("".join(map(chr, range(33))))
+        marker = _marker(line)
+        if not (marker or kind) and (line.lstrip().startswith("#") or not _like_marker(line)):
+            continue                                    # Text, or what somebody has turned into a comment.
+        if kind and not marker and not _like_marker(line):
+            lines.append(line)
+        elif not marker or "-----" in marker.group(2):
+            raise ValueError(f"line {number}: {_marker_fault(line)}")
+        elif marker.group(1) == "BEGIN" and not kind:
+            kind, start, lines = marker.group(2), number, []
+        elif marker.groups() == ("END", kind):
+            blocks.append(_block(kind, start, lines))
+            kind = None
+        else:
+            raise ValueError(f"line {number}: {printable(line)}: expected " + (
+                f"-----END {printable(kind)}-----, for the BEGIN in line {start}" if kind else "its BEGIN line before it"))
+    if kind:
+        raise ValueError(f"line {start}: this BEGIN has no END line: bring the whole file again")
+    return blocks
+
+
+def _marker_fault(line):
+    """What is wrong with a line that should be a BEGIN or END line."""
+    if re.search(r"END .*-----BEGIN", line):
+        return "a joined END and BEGIN line: expected a line for each"
+    if _marker(line.lstrip()):
+        return f"blanks before {line.lstrip()}: expected it at the start of the line, as all of its block"
+    return f"a damaged BEGIN or END line: expected one like -----BEGIN CERTIFICATE-----, alone in its line"
+
+
+def _block(kind, start, lines):
+    """A block of the lines between BEGIN and END; headers end with an empty line (RFC 1421 4.4)."""
+    encrypted, body, at = kind == "ENCRYPTED PRIVATE KEY", lines, start
+    if lines and ":" in lines[0]:
+        end = lines.index("") if "" in lines else 0
+        encrypted = any("ENCRYPTED" in line for line in lines[:end])
+        body, at = lines[end:], start + end
+    for number, line in enumerate(body, at + 1):
+        if not _base64(line):
+            hint = "; take the blanks before it off" if _base64(line.strip()) else ""
+            raise ValueError(f"line {number}: damaged base64{hint}")
+    text = "".join(body)
     try:
-        with open(path, "rb") as file:
-            return b"BEGIN CERTIFICATE" in file.read()
-    except OSError:
-        return True                                     # Its reader will say what is wrong.
+        der = binascii.a2b_base64(text)
+        if not der or len(text) % 4 or "=" in text.rstrip("="):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"line {start}: damaged base64 in this block: bring the whole file again") from None
+    return Block(kind, der, start, encrypted)
+
+
+def _wanted(blocks, kinds, data):
+    """Those of the kinds (a key's kind has its algorithm before it); ValueError if there is none."""
+    found = [block for block in blocks if block.kind in kinds or kinds == _KEYS and block.kind.endswith(_KEYS)]
+    if not found:
+        der = "; this looks like DER: 'openssl x509 -inform DER -in FILE -out NEWFILE' writes PEM" if data[:2] == b"\x30\x82" else ""
+        raise ValueError(f"expected PEM with a {_KINDS[kinds]}, found none{der}")
+    return found
 
 
 class Credentials:
     """A shim's TLS context, and what -t, the log and the expiry checks want to know of it.
 
-    What is wrong is added to faults, what is only unwise to warnings, as lines.
+    own is the own Certificate; loaded is all that the context uses, as Loaded.  What is wrong is added
+    to faults, what is only unwise to warnings, as lines.
     """
 
     def __init__(self, conf, faults, warnings):
         self._conf, self._faults = conf, faults
-        self.own, self.expiries = None, []              # The own Certificate; (what, not_after).
+        self.own, self.loaded = None, []
         server = conf.role == SERVER
         self.context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3 if conf.min_tls == "1.3" else ssl.TLSVersion.TLSv1_2
@@ -781,81 +1136,189 @@ class Credentials:
             context.verify_mode = ssl.CERT_REQUIRED if checks else ssl.CERT_NONE
             if hasattr(context, "hostname_checks_common_name"):
                 context.hostname_checks_common_name = False
+        context.loaded, context.crl_issuers = self.loaded, None     # For note_failure().
         if conf.certificate:
             self._load_own(warnings)
         if checks and conf.trust:
-            self._load_trust()
+            self._load_trust(warnings)
 
     def _fault(self, option, path, error):
-        text = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        self._faults.append(f"{self._conf.at(option)}{path}: {text}")
+        self._faults.append(f"{self._conf.at(option)}{path}: {openssl_words(error)}")
 
-    def _pem(self, option, path, kind):
-        """A file's (text, certificates, their PEM blocks); all empty, and a fault noted, without that kind."""
+    def _blocks(self, option, path, kinds, data=None):
+        """A file's blocks; none, and a fault noted, where it is faulty or has none of these kinds."""
         try:
-            with open(path, "rb") as file:
-                text = file.read().decode("latin-1")
-            if kind + "-----" not in text:
-                raise ValueError(f"expected PEM with a {_PEM_KINDS[kind]}, found none")
-            blocks = re.findall(r"-----BEGIN CERTIFICATE-----.*?(?:-----END CERTIFICATE-----|\Z)", text, re.DOTALL)
-            if kind == "X509 CRL" and blocks:
-                raise ValueError("expected nothing but revocation lists, found a certificate, which would be trusted")
-            return text, [read_certificate(ssl.PEM_cert_to_DER_cert(block)) for block in blocks], blocks
+            data = read_file(path) if data is None else data
+            blocks = pem_blocks(data)
+            trusted = [block for block in blocks if block.kind == "TRUSTED CERTIFICATE"]
+            if trusted and kinds != _KEYS:
+                raise ValueError(f"line {trusted[0].line}: " + _TRUSTED.replace("FILE", path, 1))
+            _wanted(blocks, kinds, data)
+            return blocks
         except (OSError, ValueError) as error:
             self._fault(option, path, error)
-            return "", [], []
+            return []
+
+    def _read(self, option, path, blocks, kinds, read):
+        """[(what read() makes of it, DER)] of the blocks of these kinds; none, and a fault, if one cannot be read."""
+        found = []
+        for block in blocks:
+            if block.kind in kinds:
+                try:
+                    found.append((read(block.der), block.der))
+                except ValueError as error:
+                    self._fault(option, path, f"line {block.line}: {error}")
+                    return []
+        return found
 
     def _load_own(self, warnings):
         conf = self._conf
         option, path = ("key", conf.key) if conf.key else ("certificate", conf.certificate)
-        own = self._pem("certificate", conf.certificate, "CERTIFICATE")[1]
-        key = own and self._pem(option, path, "PRIVATE KEY")[0]
-        if not key:
-            return
+        blocks = self._blocks("certificate", conf.certificate, CERTIFICATES)
+        chain = self._read("certificate", conf.certificate, blocks, CERTIFICATES, read_certificate)
+        if chain and conf.key:
+            blocks = self._blocks(option, path, _KEYS)
         try:
-            if "ENCRYPTED" in key:
+            keys = chain and blocks and _wanted(blocks, _KEYS, b"")
+            if not keys:
+                return
+            if any(block.encrypted for block in keys):
                 raise ValueError("the key is encrypted, which a daemon cannot open; 'openssl pkey -in FILE' writes it plain")
-            self.context.load_cert_chain(conf.certificate, conf.key)
+            for certificate, der in chain:
+                try:
+                    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=der)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"OpenSSL does not take the certificate of {certificate.subject}: "
+                                     f"{openssl_words(error)}") from None
+            self.context.load_cert_chain(conf.certificate, conf.key, "")
         except (OSError, ValueError) as error:
             if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
                 error = f"this key does not belong to the first certificate of {conf.certificate}"
             return self._fault(option, path, error)
         if os.stat(path).st_mode & stat.S_IROTH:
             warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; 'chmod o= {path}'")
-        self.own = own[0]
-        self.expiries.append((f"own certificate {conf.certificate}", own[0].not_after))
+        self.own = chain[0][0]
+        for number, each in enumerate({der: each for each, der in chain}.values()):
+            kind = "chain certificate" if number else "own certificate"
+            self._note(kind, conf.certificate, each.subject, each.not_before, each.not_after)
 
-    def _load_trust(self):
+    def _note(self, kind, path, subject, not_before, not_after):
+        self.loaded.append(Loaded(f"{kind} {path} ({subject or 'without a subject'})", not_before, not_after))
+
+    def _load_trust(self, warnings):
         conf, context = self._conf, self.context
         # What is put into trust is trusted as it is, be it an intermediate CA's or a server's own certificate.
         context.verify_flags |= 0x80000                 # X509_V_FLAG_PARTIAL_CHAIN, with a name since Python 3.10
-        try:
-            if conf.trust == "system":
-                context.load_default_certs()
-                folder = ssl.get_default_verify_paths().capath
-                if not context.cert_store_stats()["x509"] and not (folder and os.listdir(folder)):
-                    raise ValueError("this machine has no CA certificates; install its package ca-certificates")
+        lists = {}                                      # DER: (RevocationList, path)
+        for path in conf.crl or ():
+            blocks = self._blocks("crl", path, _LISTS)
+            if any(block.kind in CERTIFICATES for block in blocks):
+                self._fault("crl", path, "expected nothing but revocation lists, found a certificate, which would be trusted")
             else:
-                paths, blocks = [conf.trust], []
-                if os.path.isdir(conf.trust):
-                    paths = filter(_has_certificate, sorted(os.path.join(conf.trust, name) for name in os.listdir(conf.trust)))
-                for path in paths:
-                    _, certificates, found = self._pem("trust", path, "CERTIFICATE")
-                    blocks += found or [""]
-                    self.expiries += [(f"trusted certificate in {path}", each.not_after) for each in certificates]
-                if not blocks:
-                    raise ValueError("expected PEM files with certificates, found none")
-                if any(blocks):
-                    context.load_verify_locations(cadata="\n".join(blocks))
+                lists.update((der, (each, path)) for each, der in self._read("crl", path, blocks, _LISTS, read_crl))
+        found = {}                                      # DER: (Certificate, path)
+        try:
+            found = self._system() if conf.trust == "system" else self._trusted(lists)
         except (OSError, ValueError) as error:
             self._fault("trust", conf.trust, error)
-        for path in conf.crl or ():
-            if self._pem("crl", path, "X509 CRL")[0]:
-                try:
-                    context.load_verify_locations(cafile=path)
-                    context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-                except OSError as error:
-                    self._fault("crl", path, error)
+        self._note_trust(found)
+        before = context.cert_store_stats()
+        for path in dict.fromkeys(path for _, path in lists.values()):
+            try:
+                context.load_verify_locations(cafile=path)
+                context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+            except OSError as error:
+                self._fault("crl", path, error)
+        after = context.cert_store_stats()
+        if after["crl"] - before["crl"] != len(lists) or after["x509"] != before["x509"]:
+            self._fault("crl", ", ".join(conf.crl), f"OpenSSL uses {after['crl']} of {len(lists)} revocation lists")
+        for each, path in lists.values():
+            self._note("revocation list", path, each.issuer, each.this_update, each.next_update)
+        if lists:
+            context.crl_issuers = {each.issuer for each, _ in lists.values()}
+            lack = [each.subject for each, _ in found.values() if each.is_ca and each.subject not in context.crl_issuers]
+            if lack and len(found) <= BUNDLE:
+                warnings.append(f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what that CA has issued "
+                                "is refused, since with crl set each CA above a certificate needs one")
+
+    def _trusted(self, lists):
+        """Load the certificates of trust, each once: {DER: (Certificate, path)}."""
+        conf, context, found, before = self._conf, self.context, {}, len(self._faults)
+        folder = os.path.isdir(conf.trust)
+        for path in sorted(os.path.join(conf.trust, name) for name in os.listdir(conf.trust)) if folder else [conf.trust]:
+            if folder and not os.path.isfile(path):
+                continue
+            try:
+                data = read_file(path)
+            except (OSError, ValueError) as error:
+                self._fault("trust", path, error)
+                continue
+            if folder and not re.search(rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
+                continue                                # Other files may stand beside: a README, keys.
+            blocks = self._blocks("trust", path, _TRUST, data)
+            certificates = self._read("trust", path, blocks, CERTIFICATES, read_certificate)
+            found.update((der, (each, path)) for each, der in certificates if der not in found)
+            if any(block.kind == REVOCATION_LIST and block.der not in lists for block in blocks):
+                self._fault("trust", path, "a revocation list, which counts only as crl: " + (
+                    "move it into a file of its own and set crl = FILE" if certificates else f"set crl = {path}"))
+        for der, (each, path) in found.items():
+            try:
+                context.load_verify_locations(cadata=der)
+            except (OSError, ValueError) as error:
+                self._fault("trust", path, f"OpenSSL does not take the certificate of {each.subject}: {openssl_words(error)}")
+        if len(self._faults) == before:
+            if not found:
+                raise ValueError("expected PEM files with certificates, found none")
+            if context.cert_store_stats()["x509"] != len(found):
+                raise ValueError(f"OpenSSL uses {context.cert_store_stats()['x509']} of {len(found)} certificates")
+        return found
+
+    def _system(self):
+        """Load the machine's certificates. OpenSSL reads those of a folder when it needs them, so they are not returned."""
+        self.context.load_default_certs()
+        folder, found = ssl.get_default_verify_paths().capath, {}
+        if not self.context.cert_store_stats()["x509"] and not (folder and os.listdir(folder)):
+            raise ValueError("this machine has no CA certificates; install its package ca-certificates")
+        for der in self.context.get_ca_certs(True):
+            try:
+                found[der] = read_certificate(der), "system"
+            except ValueError:
+                pass                                    # OpenSSL's to judge; only its dates are not watched.
+        return found
+
+    def _note_trust(self, found):
+        """One line for each, or one for a whole bundle with the first of them to end."""
+        if len(found) <= BUNDLE:
+            for each, path in found.values():
+                self._note("trusted certificate in", path, each.subject, each.not_before, each.not_after)
+            return
+        now = time.time()
+        past = sum(each.not_after < now for each, _ in found.values())
+        first, _ = min(found.values(), key=lambda item: (item[0].not_after < now, item[0].not_after))
+        self._note(f"{len(found)} trusted certificates in {self._conf.trust}," + f" {past} of them expired," * (past > 0),
+                   f"the {'next' if past else 'first'} to end", first.subject, first.not_before, first.not_after)
+
+
+def _some(texts, most=3):
+    """The first few of many, for a message."""
+    return " and ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def openssl_words(error) -> str:
+    """An OSError, ssl.SSLError or ValueError from loading a file, in an administrator's words."""
+    reason = getattr(error, "reason", None) or ""
+    if reason in _LOAD_WORDS:
+        return _LOAD_WORDS[reason]
+    if isinstance(error, ssl.SSLError):
+        words = reason.lower().replace("_", " ") or re.sub(r"^\[[^]]*\] *| *\(_ssl\.c:\d+\)$", "", str(error))
+        return f"OpenSSL cannot use it ({words}): is it whole, and of a kind that this OpenSSL knows?"
+    return getattr(error, "strerror", None) or str(error)
+
+
+_WEAK_KEY = "is too short for this OpenSSL's security level (RSA needs 2048 bits): make a new one"
+_WEAK_DIGEST = "is signed by way of SHA-1 or another weak digest, which this OpenSSL's security level does not allow: make it anew"
+_LOAD_WORDS = {"EE_KEY_TOO_SMALL": "its key " + _WEAK_KEY, "CA_KEY_TOO_SMALL": "the key of a CA in it " + _WEAK_KEY,
+               "CA_MD_TOO_WEAK": "a certificate in it " + _WEAK_DIGEST}
 
 
 def handshake_step(sock):
@@ -866,33 +1329,97 @@ def handshake_step(sock):
         return READ
     except ssl.SSLWantWriteError:
         return WRITE
+    except ssl.SSLCertVerificationError as error:
+        note_failure(sock, error)
+        raise
     return describe_peer(sock)
 
 
 def describe_peer(sock) -> Peer:
     der = sock.getpeercert(True)
+    if not der:
+        return Peer(sock.version(), sock.cipher()[0], [], "", 0)
     try:
-        return Peer(sock.version(), sock.cipher()[0], *(read_certificate(der) if der else ([], "", 0)))
+        found = read_certificate(der)
     except ValueError as error:
         raise ssl.SSLError(f"the peer sent {error}") from None
+    return Peer(sock.version(), sock.cipher()[0], found.names, found.pin, found.not_after)
 
 
+# By OpenSSL's X509_V_ERR_ numbers (x509_vfy.h).
+_NAME_FAULTS = (62, 64)
+_DATE_WORDS = {9: "is not valid yet: compare the clocks", 10: "has expired: renew it"}
 _VERIFY_WORDS = {
-    3: "no revocation list (crl) of its issuer", 9: "its certificate is not valid yet: compare the clocks",
-    10: "its certificate has expired: renew it", 12: "the revocation list (crl) has expired: renew it",
+    3: "no revocation list (crl) of its issuer: with crl set, each CA above a certificate needs one",
+    9: "its certificate " + _DATE_WORDS[9], 10: "its certificate " + _DATE_WORDS[10],
+    11: "the revocation list (crl) is not valid yet: compare the clocks",
+    12: "the revocation list (crl) has expired: renew it",
     18: "its certificate is self-signed and not in trust", 19: "unknown CA: its issuer is not in trust",
     20: "unknown CA: its issuer is not in trust", 21: "unknown CA: its issuer is not in trust",
-    23: "its certificate is revoked"}
+    23: "its certificate, or its issuer's, is revoked",
+    24: "its issuer's certificate is not one of a CA",
+    26: "its certificate, or its issuer's, was made for another use: a server's has serverAuth, a client's clientAuth",
+    66: "the key of its certificate " + _WEAK_KEY, 67: "the key of a CA above its certificate " + _WEAK_KEY,
+    68: "its certificate, or its issuer's, " + _WEAK_DIGEST}
+
+
+def note_failure(sock, error):
+    """Put into a verification's error, as whose, what is known of whose certificate it was.
+
+    sock is the SSLSocket or SSLObject.  A client has the chain that the server sent, from Python 3.10 on.
+    """
+    chain = []
+    try:
+        for each in sock._sslobj.get_unverified_chain() or ():          # Python 3.13 has a public name for it.
+            chain.append(read_certificate(each.public_bytes(2)))        # DER
+    except (AttributeError, ValueError):
+        pass
+    context, code, now = sock.context, error.verify_code, time.time()
+    if code in _DATE_WORDS:
+        wrong = [number for number, each in enumerate(chain) if (now > each.not_after if code == 10 else now < each.not_before)]
+        loaded = [each.what for each in getattr(context, "loaded", ()) if each.what.startswith("trusted")
+                  and (now > each.not_after if code == 10 else now < each.not_before)]
+        whose = "its certificate, or its issuer's," + (f" or {loaded[0]}" if loaded else "")
+        if wrong:
+            whose = "its certificate" if wrong[0] == 0 else f"its issuer's certificate ({chain[wrong[0]].subject})"
+        elif chain and loaded:
+            whose = loaded[0]
+        error.whose = f"{whose} {_DATE_WORDS[code]}"
+    elif code == 3 and chain and getattr(context, "crl_issuers", None):
+        lack = [each.issuer for each in chain if each.issuer not in context.crl_issuers]
+        if lack:
+            error.whose = _VERIFY_WORDS[3].replace("its issuer", _some(list(dict.fromkeys(lack))))
+    elif code in _NAME_FAULTS and chain:
+        error.whose = f"its certificate {name_words(chain[0].names, sock.server_hostname or '')}"
+
+
+def name_words(names: list, name: str) -> str:
+    """How a certificate with these names stands to the name it was asked for: "is for …, not for …"."""
+    alternatives = [each for each in names if each[:4] == "DNS:" or each[:3] == "IP:"]
+    if not alternatives:
+        return (f"is not for {name}: it has no subjectAltName, and names count nowhere else; "
+                f"make it anew with one ({'IP' if numeric_family(name) else 'DNS'}:{name})")
+    address = numeric_family(name)
+    if address and "DNS:" + name.lower() in names:
+        return f"is not for {name}: it has the address as DNS:{name}; make it anew with IP:{name}"
+    fits = {normal_name("IP:" + name)} if address else {"DNS:" + name.lower(), "DNS:*." + name.lower().partition(".")[2]}
+    shown = f"is for {names_text(alternatives)}"
+    return shown if fits & set(names) else f"{shown}, not for {name}: set server_name to one of these, or make one with {name}"
 
 
 def tls_error(error, name=None) -> str:
     """An exception of a socket, with or without TLS, in an administrator's words."""
     reason = isinstance(error, ssl.SSLError) and error.reason or ""
     if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in (62, 64):
-            kind = "name" if error.verify_code == 62 else "address"
+        code = error.verify_code
+        if hasattr(error, "whose"):
+            return error.whose
+        if code in _NAME_FAULTS:
+            kind = "name" if code == 62 else "address"
             return f"its certificate is not for this {kind} ({name}): set server_name, or make a certificate with it"
-        return _VERIFY_WORDS.get(error.verify_code, error.verify_message)
+        if code in _DATE_WORDS:
+            return f"its certificate, its issuer's, or one in trust {_DATE_WORDS[code]}"
+        return _VERIFY_WORDS.get(code, error.verify_message)
     if "ALERT_" in reason:
         return f"the peer refused with the TLS alert '{reason.partition('ALERT_')[2].lower().replace('_', ' ')}'"
     if "PROTOCOL" in reason or "VERSION" in reason:
@@ -904,11 +1431,27 @@ def tls_error(error, name=None) -> str:
     return reason.lower().replace("_", " ") or getattr(error, "strerror", None) or str(error)
 
 
-def days_text(not_after) -> str:
-    days = (not_after - time.time()) / 86400
+def days_text(not_after, not_before=0) -> str:
+    now = time.time()
+    if not_before > now:
+        return f"is not valid yet, but in {int((not_before - now) / 86400) + 1} days"
     if not_after >= NO_EXPIRY:
         return "never expires"
+    days = (not_after - now) / 86400
     return f"expires in {int(days)} days" if days >= 0 else f"expired {int(-days)} days ago"
+
+
+def days_left(loaded):
+    """A Loaded's whole days, negative once past; None where there is no end."""
+    return None if loaded.not_after >= NO_EXPIRY else int((loaded.not_after - time.time()) // 86400)
+
+
+def date_level(loaded) -> int:
+    """How a Loaded's dates are logged: ERROR when it does not hold now, WARNING soon before its end."""
+    now = time.time()
+    if not loaded.not_before <= now <= loaded.not_after:
+        return ERROR
+    return WARNING if loaded.not_after - now < EXPIRY_WARNING * 86400 else INFO
 
 
 # --- Log -----------------------------------------------------------------------------------------
@@ -1945,8 +2488,8 @@ def status_data(daemon):
         "name": shim.name, "role": shim.conf.role,
         "listen": [address_text(side.sock.getsockname()) for side in daemon.listeners.values() if side.shim is shim],
         "upstream": [{"address": target.text, "state": target.failed or "ok"} for target in shim.targets],
-        "certificates": [{"what": what, "days_left": int((end - time.time()) // 86400)}
-                         for what, end in shim.credentials.expiries],
+        "certificates": [{"what": each.what, "days_left": days_left(each), "holds": days_text(each.not_after, each.not_before)}
+                         for each in shim.credentials.loaded],
         "sessions": sum(shim.addresses.values()), "sessions_total": shim.counts["total"],
         "upstream_fresh": shim.counts["fresh"], "upstream_reused": shim.counts["reused"], "kept": len(shim.kept), "refused": dict(shim.refused)} for shim in loop.shims]
     sessions = []
@@ -1966,7 +2509,7 @@ def status_table(data):
     for shim in data["shims"]:
         lines.append(f"[{shim['name']}] {shim['role']}, listening on {', '.join(shim['listen'])}")
         lines += [f"    upstream {target['address']}: {target['state']}" for target in shim["upstream"]]
-        lines += [f"    {each['what']}: {each['days_left']} days left" for each in shim["certificates"]]
+        lines += [f"    {each['what']} {each['holds']}" for each in shim["certificates"]]
         lines.append("    sessions {sessions} now, {sessions_total} since start; upstream sessions: {upstream_fresh} fresh, "
                      "{upstream_reused} times reused, {kept} kept".format(**shim))
         lines += [f"    refused {count}: {reason}" for reason, count in sorted(shim["refused"].items())]
@@ -1977,21 +2520,47 @@ def status_table(data):
     return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
 
 
+METRICS = {                                             # name: (type, help), in the order of the output
+    "up_seconds": ("gauge", "seconds since the start"),
+    "sessions": ("gauge", "sessions now"),
+    "sessions_total": ("counter", "sessions since the start"),
+    "upstream_fresh": ("counter", "upstream sessions opened"),
+    "upstream_reused": ("counter", "sessions that an open upstream session served"),
+    "kept": ("gauge", "idle upstream sessions kept for reuse"),
+    "refused_total": ("counter", "sessions refused, by reason"),
+    "upstream_up": ("gauge", "1 if the last attempt at this upstream worked"),
+    "certificate_days_left": ("gauge", "days until a certificate or revocation list in use ends, +Inf if never"),
+}
+
+
 def status_prometheus(data):
     """The numbers in the text format of Prometheus."""
-    lines = [f"nutshim_up_seconds {data['seconds']}"]
+    series = {name: {} for name in METRICS}             # {labels: value}: none stands twice
+
+    def metric(name, value, **labels):
+        def escaped(text):
+            return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        pairs = ",".join(f'{label}="{escaped(text)}"' for label, text in labels.items())
+        key = f"{{{pairs}}}" if pairs else ""
+        value = float("inf") if value is None else int(value)
+        series[name][key] = min(value, series[name].get(key, value))
+    metric("up_seconds", data["seconds"])
     for shim in data["shims"]:
-        def metric(name, value, shim=shim, **labels):
-            pairs = ",".join(f'{label}="{text}"' for label, text in dict(labels, shim=shim["name"]).items())
-            lines.append(f"nutshim_{name}{{{pairs}}} {int(value)}")
-        for name in ("sessions", "sessions_total", "upstream_fresh", "upstream_reused", "kept"):
-            metric(name, shim[name])
+        name = shim["name"]
+        for each in ("sessions", "sessions_total", "upstream_fresh", "upstream_reused", "kept"):
+            metric(each, shim[each], shim=name)
         for reason, count in shim["refused"].items():
-            metric("refused_total", count, reason=reason)
+            metric("refused_total", count, reason=reason, shim=name)
         for target in shim["upstream"]:
-            metric("upstream_up", target["state"] == "ok", upstream=target["address"])
+            metric("upstream_up", target["state"] == "ok", upstream=target["address"], shim=name)
         for each in shim["certificates"]:
-            metric("certificate_days_left", each["days_left"], what=each["what"])
+            metric("certificate_days_left", each["days_left"], what=each["what"], shim=name)
+    lines = []
+    for name, found in series.items():
+        if found:
+            kind, text = METRICS[name]
+            lines += [f"# HELP nutshim_{name} {text}", f"# TYPE nutshim_{name} {kind}"]
+            lines += [f"nutshim_{name}{key} {'+Inf' if value == float('inf') else value}" for key, value in found.items()]
     return "\n".join(lines)
 
 
@@ -2122,8 +2691,7 @@ def _probe_stranger(conf, found, name):
                 peer = describe_peer(tls)
     except (OSError, ValueError, ProtocolError):
         return "It could not be looked at again"
-    names = ", ".join(peer.names) or "nobody"
-    return f"The certificate is for {names}, not for {name}; it {days_text(peer.not_after)}; its pin is {peer.pin}"
+    return f"The certificate {name_words(peer.names, name)}; it {days_text(peer.not_after)}; its pin is {peer.pin}"
 
 
 # --- Daemon --------------------------------------------------------------------------------------
@@ -2293,12 +2861,12 @@ class Daemon:
                 os.fchown(self.log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
                 import ipaddress                # noqa: F401  Out of reach afterwards.
-                "".encode("utf-16-be")
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
             os.chdir("/")
             if not account:
                 return
+            closed = {path: closed_steps(path, account) for path in self._files()}      # While nothing is closed to us.
             at = conf.at("user") + account.pw_name + ": "
             os.setgroups([])
             os.setgid(account.pw_gid)
@@ -2307,11 +2875,21 @@ class Daemon:
             raise ConfigError(at + error.strerror) from None
         if (os.getresuid(), os.getresgid(), os.getgroups()) != ((account.pw_uid,) * 3, (account.pw_gid,) * 3, []):
             raise ConfigError(at + "the change of user did not work")
-        for path in [conf.path] + [path for shim in conf.shims
-                                   for path in [shim.certificate, shim.key, shim.trust] + (shim.crl or [])]:
-            if path and path != "system" and not os.access(path, os.R_OK):
-                self.log(WARNING, f"{path}: {account.pw_name} cannot read it, so a reload will fail; "
-                                  f"'chgrp {account.pw_gid} {path}' and 'chmod g+r' let it")
+        for path, steps in closed.items():
+            if not os.access(path, os.R_OK):
+                cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
+                where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
+                self.log(WARNING, f"{path}: {account.pw_name} cannot read it{where}, so a reload will fail"
+                                  + (f"; {cures} let it" if cures else ""))
+
+    def _files(self):
+        """All files that a reload reads, and trust's folders with theirs."""
+        paths = [self.conf.path]
+        for shim in self.conf.shims:
+            paths += [shim.certificate, shim.key, shim.trust] + (shim.crl or [])
+            if shim.trust and os.path.isdir(shim.trust):
+                paths += [os.path.join(shim.trust, name) for name in sorted(os.listdir(shim.trust))]
+        return dict.fromkeys(path for path in paths if path and path != "system")
 
     def _open_notify(self):
         path = os.environ.get("NOTIFY_SOCKET")
@@ -2432,10 +3010,8 @@ class Daemon:
 
     def _tell_expiries(self):
         for shim in self.loop.shims:
-            for what, end in shim.credentials.expiries:
-                days = (end - time.time()) / 86400
-                self.log(ERROR if days < 0 else WARNING if days < EXPIRY_WARNING else INFO,
-                         f"[{shim.name}] {what} {days_text(end)}")
+            for each in shim.credentials.loaded:
+                self.log(date_level(each), f"[{shim.name}] {each.what} {days_text(each.not_after, each.not_before)}")
 
     def stop(self):
         """No new sessions, the replies under way, the end."""
@@ -2476,6 +3052,38 @@ class Daemon:
                     pass                                # In /run only root may: an empty file stays.
 
 
+def closed_steps(path: str, account) -> list:
+    """What closes a file to an account that has no other groups: [(folder or file, commands that open it)].
+
+    From the permission bits of each folder on the way, behind links too, and of the file.  account is
+    of pwd's kind.  The commands open it for the account's group.
+    """
+    found, here, todo, links = [], "/", os.path.abspath(path).split("/"), 0
+    while True:
+        try:
+            info = os.lstat(here)
+            if stat.S_ISLNK(info.st_mode) and links < 40:               # MAXSYMLINKS of Linux
+                links += 1
+                todo = os.readlink(here).split("/") + todo
+                here = "/" if todo[0] == "" else os.path.dirname(here)
+                continue
+        except OSError:
+            return found                                # It is not there, or is not ours to see.
+        todo = [part for part in todo if part not in ("", ".")]
+        folder = stat.S_ISDIR(info.st_mode)
+        need = "x" * folder if todo else "r" + "x" * folder
+        who = "u" if info.st_uid == account.pw_uid else "g" if info.st_gid == account.pw_gid else "o"
+        lacks = "".join(letter for letter in need if not info.st_mode >> "ogu".index(who) * 3 & {"r": 4, "x": 1}[letter])
+        if lacks and here not in [place for place, _ in found]:
+            # Another owner's file is opened by way of its group, whose bits then count.
+            found.append((here, [f"chmod u+{lacks} {here}"] if who == "u" else
+                          [f"chgrp {account.pw_gid} {here}"] * (who == "o") + [f"chmod g+{need} {here}"]))
+        if not todo:
+            return found
+        part = todo.pop(0)
+        here = os.path.dirname(here) if part == ".." else os.path.join(here, part)
+
+
 def _take_handed_over(socks, key):
     for sock in socks:
         if sock.family == key[0] and sock.getsockname()[:2] == key[1][:2]:
@@ -2514,10 +3122,11 @@ def print_check(conf, credentials, warnings):
         held = credentials[shim.name]
         listen, upstream = (", ".join(map(address_text, addresses)) for addresses in (shim.listen, shim.upstream))
         print(f"[{shim.name}] {shim.role} on {listen}, upstream {upstream}")
-        for what, end in held.expiries:
-            print(f"    {what} {days_text(end)}")
+        for each in held.loaded:
+            mark = "    " if date_level(each) == INFO else "warning: "
+            print(f"{mark}{each.what} {days_text(each.not_after, each.not_before)}")
         if held.own:
-            print(f"    its names: {', '.join(held.own.names)}\n    pin = {held.own.pin}")
+            print(f"    its names: {names_text(held.own.names)}\n    pin = {held.own.pin}")
     print(f"{conf.path}: no fault found")
 
 

@@ -18,7 +18,7 @@ import sys
 
 import pytest
 from harness import clean_env, poll, run, write
-from test_mknutcert import (FILE_CALLS, IS_ROOT, MKNUTCERT, Ca, Pair, blocks, content, field, fill, forked, hook, mk, mode,
+from test_mknutcert import (IS_ROOT, MKNUTCERT, Ca, Pair, blocks, content, field, forked, hook, mk, mode,
                             mounted, ossl, refused, tool, verify, wait)
 
 LEFT = re.compile(r"\.mkNUTcert-[0-9a-f]{16}\.tmp")
@@ -127,6 +127,7 @@ def killed_everywhere(args, prepare, check):
     raise AssertionError("no end")
 
 
+@pytest.mark.seconds(300 if EVERY_CUT else 60)
 def test_killed_while_it_makes_a_ca(tmp_path):
     """Killed at any moment, `ca` leaves either a whole CA or none, and run again makes one; nothing is left behind."""
     folder = str(tmp_path / "ca")
@@ -141,6 +142,7 @@ def test_killed_while_it_makes_a_ca(tmp_path):
     assert killed_everywhere(("ca", "-d", folder), lambda: shutil.rmtree(folder, ignore_errors=True), check) >= 7
 
 
+@pytest.mark.seconds(300 if EVERY_CUT else 60)
 @pytest.mark.parametrize("command", ["server", "client", "renew", "revoke"])
 def test_killed_in_a_ca(tmp_path, issued, command):
     """Killed at any moment, a run leaves index, copies, list and key files that agree, a file of before as it was or whole and new;
