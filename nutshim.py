@@ -704,7 +704,7 @@ _ATTRIBUTES = {b"\x55\x04" + bytes([number]): name for number, name in (
 _ATTRIBUTES[bytes.fromhex("2a864886f70d010901")] = "emailAddress"
 _ATTRIBUTES[bytes.fromhex("0992268993f22c640119")] = "DC"
 # Text types. OpenSSL takes what is neither UTF-8 nor wide for Latin-1.
-_TEXTS = {0x0c: "utf-8", 0x12: "latin-1", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1", 0x1a: "latin-1"}
+_TEXTS = {0x0c: "utf-8", 0x12: "latin-1", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1"}
 _WIDE_TEXTS = {0x1c: 4, 0x1e: 2}                        # UniversalString, BMPString: bytes a character
 _TEXT_NAMES = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
 # The other kinds of GeneralName: otherName, x400Address, directoryName, ediPartyName, registeredID.
@@ -820,7 +820,7 @@ def _attribute_text(tag, value):
         return text
     if tag in _TEXTS:
         return value.decode(_TEXTS[tag])
-    if tag in (_BITS, _SEQUENCE, 0x15, 0x19, 0x1b):     # What OpenSSL takes in a name, and nobody as text.
+    if tag in (_BITS, _SEQUENCE):                     # What OpenSSL takes in a name, and nobody as text.
         return None
     raise ValueError("an attribute of a type that no name has")
 
@@ -908,7 +908,9 @@ def _san_names(value):
         elif tag not in _OTHER_NAMES:
             raise ValueError("the subjectAltName is not as expected")
         elif tag == 0xa0:
-            _parts(value, "the subjectAltName", _OID, 0xa0)
+            _, (_, other, _) = _parts(value, "the subjectAltName", _OID, 0xa0)
+            if len(der_items(other)) != 1:
+                raise ValueError("the subjectAltName is not as expected")
         elif tag == 0xa4:
             (_, name, _), = _parts(value, "the subjectAltName", _SEQUENCE)
             _name(name)
@@ -1342,7 +1344,7 @@ def describe_peer(sock) -> Peer:
     try:
         found = read_certificate(der)
     except ValueError as error:
-        raise ssl.SSLError(f"the peer sent {error}") from None
+        raise ValueError(f"the peer sent {error}") from None
     return Peer(sock.version(), sock.cipher()[0], found.names, found.pin, found.not_after)
 
 
