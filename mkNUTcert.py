@@ -1385,7 +1385,9 @@ def check_rights(pem: Pem, of_ca: bool) -> Faults:
 
 def check_dates(path: str, cert: Certificate) -> Faults:
     if cert.end < now():
-        yield "%s: expired on %s UTC" % (cert.subject, cert.end), "mkNUTcert.py renew %s, or make it again" % path
+        yield ("%s: expired on %s UTC" % (cert.subject, cert.end),
+               "make another CA, in another folder, and from it new certificates: mkNUTcert.py ca -d DIR"
+               if cert.is_ca else "mkNUTcert.py renew %s, or make it again" % path)
     if cert.start > now():
         yield "%s: not valid before %s UTC" % (cert.subject, cert.start), "set this box's clock, or wait"
 
@@ -1413,7 +1415,8 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
 
 def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
     try:
-        end = moment(read_list(crl).next_update)
+        found = read_list(crl)
+        start, end = moment(found.this_update), moment(found.next_update)
     except Fault as fault:
         what, _, cure = str(fault).partition("; ")
         yield what, cure
@@ -1423,6 +1426,9 @@ def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
         yield "this CRL is not from a CA that is known here", NEEDS_CA
     elif end < now():
         yield "this CRL is out of date, which shuts out everybody", "get a new one from its CA"
+    elif start > now():
+        yield ("this CRL is not valid before %s UTC, and until then shuts out everybody" % start,
+               "set the clock of this box, or that of the CA's, and get a new one from its CA")
 
 
 # --- the command line ---

@@ -561,6 +561,26 @@ def test_after_2049(tmp_path, issued, how):
     assert field(folder + "/a.lan.server.pem", "-startdate").split()[3] == "2051"
 
 
+def test_check_tells_what_is_dated_in_the_future(tmp_path, issued):
+    """check names a revocation list and a certificate that begin in the future, and when; and its cure for a CA that has
+    expired is one that works."""
+    if ossl("version").startswith("OpenSSL 1."):
+        pytest.skip("this openssl cannot date a revocation list")
+    folder, late = str(tmp_path / "ca"), str(tmp_path / "late.pem")
+    shutil.copytree(issued, folder)
+    config = write(str(tmp_path / "ca.cnf"), "[ca]\ndefault_ca=x\n[x]\ndatabase=%s/private/index.txt\ndefault_md=sha256\n" % folder)
+    ossl("ca", "-config", config, "-gencrl", "-keyfile", folder + "/private/ca-key.pem", "-cert", folder + "/ca.pem", "-out", late,
+         "-crl_lastupdate", "20510304050607Z", "-crl_nextupdate", "99991231235959Z")
+    mk("check", "-d", folder, folder + "/crl.pem")
+    text = mk("check", "-d", folder, late, expect=1)
+    assert "not valid before 2051-03-04 05:06:07 UTC" in text and "clock" in text
+    mk("client", "x.lan", "-d", folder, "--notBefore", "864000", "-o", tmp_path / "x.pem")
+    assert "not valid before" in mk("check", "-d", folder, tmp_path / "x.pem", expect=1)
+    old = Ca(tmp_path / "old", "--notBefore", "-100", "--notAfter", "-50")
+    text = mk("check", "-d", old.folder, old.cert, expect=1)
+    assert "expired on" in text and "mkNUTcert.py ca -d DIR" in text and "renew" not in text
+
+
 # ---- what is asked for ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("host", ["localhost", "localhost.localdomain", "", "my box"])
