@@ -3,8 +3,9 @@
 without hard links, after an old backup. Whatever happened, the CA's index, its copies, its revocation list and the files with keys
 agree, and `openssl verify -crl_check_all` says of every certificate what is true.
 
-NUTSHIM_EVERY_CUT=1 tests/run tests/test_ca_cuts.py -k killed
-kills it at every system call on files, and not at those alone that change what another run would see. That takes about a minute.
+NUTSHIM_EVERY_CUT=1 tests/run tests/test_ca_cuts.py
+kills it at every system call on files, and not at those alone that change what another run would see, and fills disks page by page.
+That takes some two minutes.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ from test_mknutcert import (IS_ROOT, MKNUTCERT, Ca, Pair, blocks, content, field
 
 LEFT = re.compile(r"\.mkNUTcert-[0-9a-f]{16}\.tmp")
 PAGE = 4096
+EVERY_CUT = bool(os.environ.get("NUTSHIM_EVERY_CUT"))
+PAGES = 1 if EVERY_CUT else 6
 
 
 # ---- what must agree ----------------------------------------------------------------------------
@@ -91,9 +94,6 @@ def commands(folder, out):
 
 
 # ---- killed -------------------------------------------------------------------------------------
-
-EVERY_CUT = bool(os.environ.get("NUTSHIM_EVERY_CUT"))
-
 
 def killed_everywhere(args, prepare, check):
     """Kill a run while it writes, before each file takes its place and at its end, in turn, and check after each; how often.
@@ -164,11 +164,14 @@ def test_killed_in_a_ca(tmp_path, issued, command):
         assert killed or not left
         for name in left:
             assert LEFT.fullmatch(name)
+        if command == "revoke":  # another one tidies up and completes the list just as well
+            mk("client", "z.lan", "-d", folder)
+            Records(folder).agree()
         mk(*args, *(() if command == "revoke" else ("-y",)))
         assert not [name for name in os.listdir(out) if name.startswith(".")]
         now = Records(folder).agree(*glob.glob(out + "/*.pem"))
         if command == "revoke":
-            assert len(now.listed) == 2 and len(now.index) == 3
+            assert len(now.listed) == 2 and len(now.index) == 4
     assert killed_everywhere(args, prepare, check) >= 5
 
 
@@ -247,12 +250,13 @@ def leave(folder, pages):
     write(folder + "/ballast", "x" * (room.f_bavail * room.f_frsize - pages * PAGE))
 
 
+@pytest.mark.seconds(300 if EVERY_CUT else 60)
 @pytest.mark.parametrize("command", ["server", "client", "renew", "revoke"])
 def test_the_cas_disk_is_full(tmp_path, issued, command):
     """With ever more room on the CA's disk a run fails, says so and has changed nothing, until it does all that it says."""
     out = str(tmp_path / "out")
     os.mkdir(out)
-    for pages in range(2, 60, 3):
+    for pages in range(2, 60, PAGES):
         with mounted(str(tmp_path / "small"), "400k") as small:
             folder = small + "/ca"
             shutil.copytree(issued, folder)
@@ -280,7 +284,7 @@ def mk_either(*args, **options):
 
 def test_the_disk_is_full_while_a_ca_is_made(tmp_path):
     """With ever more room `ca` fails and says so, until it makes a CA that is whole."""
-    for pages in range(0, 60, 3):
+    for pages in range(0, 60, PAGES):
         with mounted(str(tmp_path / "small"), "400k") as small:
             leave(small, pages)
             text = mk_either("ca", "-d", small + "/ca")
@@ -510,6 +514,24 @@ def test_an_old_backup(tmp_path, issued):
         verify(folder + "/ca.pem", "%s/%s.lan.client.pem" % (folder, name), "-crl_check_all", "-CRLfile", folder + "/crl.pem", ok=good)
 
 
+def test_an_old_backup_of_all(tmp_path, issued):
+    """After the whole folder was restored, the latest list, copied back from another box, is enough to forget no revocation."""
+    folder = str(tmp_path / "ca")
+    shutil.copytree(issued, folder)
+    young = mk("client", "young.lan", "-d", folder, "-o", tmp_path / "young.pem") and str(tmp_path / "young.pem")
+    for path in (young, folder + "/c1.lan.client.pem"):
+        mk("revoke", path, "-d", folder)
+    shutil.copy(folder + "/crl.pem", tmp_path / "latest.pem")
+    shutil.rmtree(folder)
+    shutil.copytree(issued, folder)
+    shutil.copy(tmp_path / "latest.pem", folder + "/crl.pem")
+    assert "did not know of 2" in mk("client", "a.lan", "-d", folder)
+    mk("revoke", folder + "/a.lan.client.pem", "-d", folder)
+    assert len(Records(folder).agree().listed) == 4
+    for path in (young, folder + "/c1.lan.client.pem"):
+        verify(folder + "/ca.pem", path, "-crl_check_all", "-CRLfile", folder + "/crl.pem", ok=False)
+
+
 def test_a_list_that_is_gone(tmp_path, issued):
     """A revocation list that is gone is made again from the index, one that cannot be read is a fault with its cure."""
     folder = str(tmp_path / "ca")
@@ -583,7 +605,7 @@ def test_check_tells_what_is_dated_in_the_future(tmp_path, issued):
 
 # ---- what is asked for ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("host", ["localhost", "localhost.localdomain", "", "my box"])
+@pytest.mark.parametrize("host", ["localhost.localdomain", "", "my box"])
 def test_a_host_without_a_name(tmp_path, issued, monkeypatch, host):
     """Where the host's name is localhost, none or no host name, the names are asked for, and nothing is made in silence for a name by
     which no client reaches it. (The host's name is a stand-in.)"""
