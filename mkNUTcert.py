@@ -1310,7 +1310,8 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
         except Fault as fault:
             what, _, cure = str(fault).partition("; ")
             found.append((path, what.replace(path + ": ", ""), cure or "name the right file, or make it again"))
-    known = [cert for _, certs in files for cert in certs]
+    own = [cert for _, certs in files for cert in certs]
+    known = list(own)
     known += [cert for path in opts.trust for cert in describe_all(read_pem(path))]
     crls = [crl for pem, _ in files for crl in pem.crls]
     with contextlib.suppress(Fault):
@@ -1344,7 +1345,7 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
                                                     if (cert.end - now()).days < WARN_DAYS)))
     for path, what, cure in found:
         print("%s: %s\n    cure: %s" % (path, what, cure))
-    for text in not_checked(known[:sum(len(certs) for _, certs in files)], known, crls):
+    for text in not_checked(own, known, crls):
         print("not checked: " + text)
     return len(found)
 

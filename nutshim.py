@@ -77,10 +77,10 @@ RESOLVE_TTL = 60          # seconds a name's addresses are used without asking a
 TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each time one is read
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
-MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: a peer's certificate makes no deep recursion
-MAX_PEM = 64 << 20        # bytes a PEM file: large revocation lists have some MB; a device has no end
+MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: no deep recursion
+MAX_PEM = 64 << 20        # bytes a PEM file: revocation lists have some MB; a device has no end
 BUNDLE = 8                # certificates in trust that are told of one by one; more are a bundle
-NO_EXPIRY = 253370764800  # seconds since 1970: the year 9999, no end that is known (RFC 5280 4.1.2.5)
+NO_EXPIRY = 253370764800  # seconds since 1970: the year 9999, no known end (RFC 5280 4.1.2.5)
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
 # --- Options: the one source for parser, help and documentation ----------------------------------
@@ -131,9 +131,10 @@ def _address(text, _base):
 def _server_name(text, _base):
     """A host name or address, as certificates have it: without the root's dot at its end."""
     name = text[:-1] if text.endswith(".") else text
-    if not (numeric_family(name) and "%" not in name) and not re.match(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*\Z", name, re.ASCII):
-        raise ValueError("expected one host name or address, in ASCII (an international name in its xn-- form), without port "
-                         f"or brackets, not '{text}'")
+    host = re.match(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*\Z", name, re.ASCII)
+    if not host and (not numeric_family(name) or "%" in name):
+        raise ValueError("expected one host name or address, in ASCII (an international name in "
+                         f"its xn-- form), without port or brackets, not '{text}'")
     return name
 
 
@@ -672,8 +673,8 @@ def starttls_reply(data: bytes) -> bool:
 def printable(data) -> str:
     """A peer's bytes or text, made safe for a log line: no control, no bidi mark, no newline."""
     text = data.decode("latin-1") if isinstance(data, bytes) else data
-    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else f"\\x{ord(c):02x}" if c <= "\xff"
-                   else c.encode("ascii", "backslashreplace").decode() for c in text)
+    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else
+                   f"\\x{ord(c):02x}" if c <= "\xff" else ascii(c)[1:-1] for c in text)
 
 
 # --- Certificates and TLS ------------------------------------------------------------------------
@@ -682,40 +683,41 @@ Certificate = collections.namedtuple(
     "Certificate", "names pin not_before not_after subject issuer fields is_ca spki extensions")
 Certificate.__doc__ = """What is read of a certificate (RFC 5280 4.1). Its texts are printable().
 
-names as permit has them (CN=, DNS:, IP:, URI:, email:); pin of spki, the public key's DER; not_before
-and not_after in seconds since 1970; subject and issuer in one line, and the subject's fields as
-[(CN and the like, text)]; extensions as {OID's content: value}."""
+names are as permit has them (CN=, DNS:, IP:, URI:, email:); pin is that of spki, the public key's
+DER; not_before and not_after are seconds since 1970; subject and issuer have one line each, fields
+are the subject's as [(CN and the like, text)]; extensions are {OID's content: value}."""
 
 RevocationList = collections.namedtuple("RevocationList", "issuer this_update next_update")
-RevocationList.__doc__ = "A CRL (RFC 5280 5.1); without a next update, next_update is NO_EXPIRY."
+RevocationList.__doc__ = "A CRL (RFC 5280 5.1); next_update is NO_EXPIRY where there is none."
 
 Peer = collections.namedtuple("Peer", "version cipher names pin not_after")
 Peer.__doc__ = "What the checks, the log and the status know of the other end of a TLS session."
 
 Loaded = collections.namedtuple("Loaded", "what not_before not_after")
-Loaded.__doc__ = "A certificate or revocation list in use: what it is and where it stands, and its dates."
+Loaded.__doc__ = "A certificate or revocation list in use: what it is, its file, its dates."
 
-_SEQUENCE, _SET, _INTEGER, _BITS, _OCTETS, _OID, _BOOLEAN = 0x30, 0x31, 0x02, 0x03, 0x04, 0x06, 0x01
-_TIMES = (0x17, 0x18)                                   # UTCTime, GeneralizedTime
+Element = collections.namedtuple("Element", "tag content whole")
+Element.__doc__ = "A DER element (X.690 8.1)."
+
+_BOOLEAN, _INTEGER, _BITS, _OCTETS, _NULL, _OID = 0x01, 0x02, 0x03, 0x04, 0x05, 0x06
+_ENUMERATED, _SEQUENCE, _SET, _TIMES = 0x0a, 0x30, 0x31, (0x17, 0x18)  # UTCTime, GeneralizedTime
 _SAN, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
-_ATTRIBUTES = {b"\x55\x04" + bytes([number]): name for number, name in (
-    (3, "CN"), (4, "SN"), (5, "serialNumber"), (6, "C"), (7, "L"), (8, "ST"), (9, "street"), (10, "O"),
-    (11, "OU"), (12, "title"), (42, "GN"))}
-_ATTRIBUTES[bytes.fromhex("2a864886f70d010901")] = "emailAddress"
-_ATTRIBUTES[bytes.fromhex("0992268993f22c640119")] = "DC"
-# Text types. OpenSSL takes what is neither UTF-8 nor wide for Latin-1.
+_FIELDS = {b"\x55\x04" + bytes([number]): name for number, name in (
+    (3, "CN"), (4, "SN"), (5, "serialNumber"), (6, "C"), (7, "L"), (8, "ST"), (9, "street"),
+    (10, "O"), (11, "OU"), (12, "title"), (42, "GN"))}
+_FIELDS[bytes.fromhex("2a864886f70d010901")] = "emailAddress"
+_FIELDS[bytes.fromhex("0992268993f22c640119")] = "DC"
+# The types of text: UTF8String, and those that OpenSSL takes for Latin-1.
 _TEXTS = {0x0c: "utf-8", 0x12: "latin-1", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1"}
-_WIDE_TEXTS = {0x1c: 4, 0x1e: 2}                        # UniversalString, BMPString: bytes a character
+_WIDE_TEXTS = {0x1c: 4, 0x1e: 2}            # UniversalString, BMPString: bytes a character
 _TEXT_NAMES = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
-# The other kinds of GeneralName: otherName, x400Address, directoryName, ediPartyName, registeredID.
-_OTHER_NAMES = (0xa0, 0xa3, 0xa4, 0xa5, 0x88)
 
 
 def der_items(data: bytes) -> list:
-    """The DER elements that data is made of, as (tag, content, whole element) (X.690 8.1, 10.1).
+    """The DER Elements that data is made of (X.690 8.1, 10.1).
 
-    ValueError for lengths that are indefinite or longer than need be, and for tags of several bytes:
-    what two readers could read in two ways is read in none.
+    ValueError for lengths that are indefinite or longer than need be, and for tags of several
+    bytes: what two readers could read in two ways is not read at all.
     """
     items, at, end = [], 0, len(data)
     while at < end:
@@ -734,29 +736,32 @@ def der_items(data: bytes) -> list:
                 raise ValueError("a length that is not the shortest")
         if end - start < size:
             raise ValueError("it is cut short")
-        items.append((tag, data[start:start + size], data[at:start + size]))
+        items.append(Element(tag, data[start:start + size], data[at:start + size]))
         at = start + size
     return items
 
 
 def _check_der(items, depth=0):
-    """Each element, and each inside it, has the one form that DER gives it (X.690 8, 10.2, 11.1, 11.2)."""
+    """Each element, and each inside it, is in the one form of DER (X.690 8, 10.2, 11.1, 11.2)."""
     if depth > MAX_DEPTH:
         raise ValueError("elements too deep inside each other")
     for tag, content, _ in items:
-        if tag < 0x40 and (tag == 0 or (tag & 0x20 > 0) != (tag in (_SEQUENCE, _SET))):
+        first, more = content[:1], content[1:]
+        constructed = tag & 0x20 > 0
+        if tag < 0x40 and (tag == 0 or constructed != (tag in (_SEQUENCE, _SET))):
             raise ValueError(f"an element with the tag {tag:#04x}")
-        if tag & 0x20:
+        if constructed:
             _check_der(der_items(content), depth + 1)
-        elif tag in (_INTEGER, 0x0a):                   # 0x0a: ENUMERATED
-            if not content or content[1:] and (content[0] == 0 and content[1] < 0x80 or content[0] == 0xff and content[1] > 0x7f):
+        elif tag in (_INTEGER, _ENUMERATED):
+            if not content or more and first in b"\0\xff" and first[0] >> 7 == more[0] >> 7:
                 raise ValueError("a number that is not the shortest")
         elif tag == _BITS:
-            if not content or content[0] > 7 or content[0] and (len(content) == 1 or content[-1] & (1 << content[0]) - 1):
+            unused = first[0] if content else 8
+            if unused > 7 or unused and (not more or more[-1] & (1 << unused) - 1):
                 raise ValueError("a bit string with a wrong end")
         elif tag == _OID:
             _check_oid(content)
-        elif tag == _BOOLEAN and content not in (b"\0", b"\xff") or tag == 0x05 and content:
+        elif tag == _BOOLEAN and content not in (b"\0", b"\xff") or tag == _NULL and content:
             raise ValueError("a truth value or null of another form")
         elif len(content) % _WIDE_TEXTS.get(tag, 1):
             raise ValueError("a text of a wrong length")
@@ -767,87 +772,95 @@ def _check_oid(content):
         raise ValueError("an object identifier that is none")
 
 
-def _take(fields, what, *tags, optional=False):
-    """The next of the fields, which must have one of the tags; None where an optional one is missing."""
-    if fields and fields[0][0] in tags:
-        return fields.pop(0)
-    if optional:
+class _Sequence:
+    """The elements of a SEQUENCE, taken in order, each with a tag that its place allows."""
+
+    def __init__(self, content, what):
+        self._items, self._what = der_items(content), what
+
+    def maybe(self, *tags):
+        """The next Element if it has one of the tags, or if any will do, else None."""
+        if self._items and (not tags or self._items[0].tag in tags):
+            return self._items.pop(0)
         return None
-    raise ValueError(f"{what} is not in its place")
 
+    def take(self, *tags):
+        """The next Element, which must have one of the tags."""
+        found = self.maybe(*tags)
+        if not found:
+            raise ValueError(f"{self._what} is not as expected")
+        return found
 
-def _parts(content, what, *tags):
-    """A SEQUENCE's elements, as many and with such tags as expected."""
-    fields = der_items(content)
-    if [field[0] for field in fields] != list(tags):
-        raise ValueError(f"{what} is not as expected")
-    return fields
+    def only(self, *tags):
+        """The last Element."""
+        found = self.take(*tags)
+        self.end()
+        return found
+
+    def end(self):
+        if self._items:
+            raise ValueError(f"{self._what} is not as expected")
 
 
 def _signed(der, what):
-    """The fields of what is signed, its version and signature algorithm taken off (RFC 5280 4.1.1)."""
-    whole = der_items(der)
-    _check_der(whole)
-    (_, content, _), = _parts(der, what, _SEQUENCE)
-    (_, body, _), algorithm, (_, signature, _) = _parts(content, what, _SEQUENCE, _SEQUENCE, _BITS)
-    fields = der_items(body)
-    if what == "the certificate":
-        version = _take(fields, "the version", 0xa0, optional=True)
-        if version and version[1] not in (b"\x02\x01\0", b"\x02\x01\1", b"\x02\x01\2"):
-            raise ValueError("the version is not 1, 2 or 3")
-        _take(fields, "the serial number", _INTEGER)
-    else:
-        _take(fields, "the version", _INTEGER, optional=True)
-    if _take(fields, "the signature algorithm", _SEQUENCE)[2] != algorithm[2] or signature[:1] != b"\0":
-        raise ValueError("the signature is not of the algorithm that is signed")
-    _algorithm(algorithm[1])
-    return fields
+    """The fields of what is signed, and its algorithm's element (RFC 5280 4.1.1)."""
+    _check_der(der_items(der))
+    whole = _Sequence(_Sequence(der, what).only(_SEQUENCE).content, what)
+    body, algorithm, signature = whole.take(_SEQUENCE), whole.take(_SEQUENCE), whole.only(_BITS)
+    if signature.content[0]:
+        raise ValueError("the signature is not whole bytes")
+    return _Sequence(body.content, what), algorithm
 
 
-def _algorithm(content):
-    fields = der_items(content)
-    _take(fields, "an algorithm", _OID)
-    if fields[1:]:
-        raise ValueError("an algorithm is not as expected")
+def _take_algorithm(fields, signed_by=None):
+    """An AlgorithmIdentifier; what is signed has the one outside (RFC 5280 4.1.1.2)."""
+    algorithm = fields.take(_SEQUENCE)
+    parts = _Sequence(algorithm.content, "an algorithm")
+    parts.take(_OID)
+    parts.maybe()
+    parts.end()
+    if signed_by and algorithm != signed_by:
+        raise ValueError("the signature's algorithm is not the one that is signed")
 
 
-def _attribute_text(tag, value):
-    """An attribute's value as text, None if it is not of a text type."""
-    if tag in _WIDE_TEXTS:
-        size = _WIDE_TEXTS[tag]
-        text = "".join(chr(int.from_bytes(value[at:at + size], "big")) for at in range(0, len(value), size))
-        text.encode("utf-8")                            # No half of a pair.
-        return text
-    if tag in _TEXTS:
-        return value.decode(_TEXTS[tag])
-    if tag in (_BITS, _SEQUENCE):                     # What OpenSSL takes in a name, and nobody as text.
-        return None
-    raise ValueError("an attribute of a type that no name has")
-
-
-def _name(content):
-    """A Name as [[(CN and the like, text), …], …] (RFC 5280 4.1.2.4); no text in hexadecimal, behind #."""
+def _take_name(fields):
+    """A Name as [[(CN and the like, text), …], …] (RFC 5280 4.1.2.4)."""
     found = []
-    for tag, relative, _ in der_items(content):
-        pairs = der_items(relative)
-        if tag != _SET or not pairs or any(pair[0] != _SEQUENCE for pair in pairs):
+    for relative in der_items(fields.take(_SEQUENCE).content):
+        pairs = der_items(relative.content)
+        if relative.tag != _SET or not pairs:
             raise ValueError("a name is not as expected")
         found.append([])
-        for _, pair, _ in pairs:
-            fields = der_items(pair)
-            oid = _take(fields, "a name's attribute", _OID)[1]
-            if len(fields) != 1:
-                raise ValueError("a name's attribute has not one value")
-            tag, value, whole = fields[0]
-            field, text = _ATTRIBUTES.get(oid) or oid_text(oid), _attribute_text(tag, value)
-            # A CN that is no text has a field of its own, so that none is taken for a name.
-            found[-1].append((field, text) if text is not None else (oid_text(oid), "#" + whole.hex()))
+        for pair in pairs:
+            parts = _Sequence(pair.content if pair.tag == _SEQUENCE else b"", "a name's field")
+            oid, value = parts.take(_OID).content, parts.only()
+            text = _text_of(value)
+            if text is None:                # Under its number: no CN that is none is taken for one.
+                found[-1].append((oid_text(oid), "#" + value.whole.hex()))
+            else:
+                found[-1].append((_FIELDS.get(oid) or oid_text(oid), text))
     return found
+
+
+def _text_of(value):
+    """A field's value as text; None, or ValueError where no name has that, if it is no text."""
+    if value.tag in _TEXTS:
+        return value.content.decode(_TEXTS[value.tag])
+    if value.tag in _WIDE_TEXTS:
+        size, data = _WIDE_TEXTS[value.tag], value.content
+        codes = [int.from_bytes(data[at:at + size], "big") for at in range(0, len(data), size)]
+        text = "".join(map(chr, codes))
+        text.encode("utf-8")                # No half of a pair.
+        return text
+    if value.tag not in (_BITS, _SEQUENCE):
+        raise ValueError("a name's field has a type that no text has")
+    return None
 
 
 def _name_text(name):
     """A Name in one line, as in C=FR, O=Network UPS Tools, CN=ups.lan."""
-    return ", ".join(" + ".join(f"{field}={_quoted(text, ',+')}" for field, text in pairs) for pairs in name)
+    return ", ".join(" + ".join(f"{field}={_quoted(text, ',+')}" for field, text in pairs)
+                     for pairs in name)
 
 
 def oid_text(content: bytes) -> str:
@@ -872,136 +885,153 @@ def _quoted(text, marks):
 
 def names_text(names: list) -> str:
     """Names for a message, with commas that cannot be confused with those in a name."""
-    return ", ".join(_quoted(name, ',') for name in names)
+    return ", ".join(_quoted(name, ",") for name in names)
 
 
-def _der_time(field):
+def _take_time(fields):
     """UTCTime or GeneralizedTime in seconds since 1970 (RFC 5280 4.1.2.5)."""
-    tag, content, _ = field
+    tag, content, _ = fields.take(*_TIMES)
     text = content.decode("ascii")
     if tag == _TIMES[0]:
         text = ("19" if text[:2] >= "50" else "20") + text
-    if not re.match("[0-9]{14}Z$", text) or len(text) != 15:
+    if len(text) != 15 or not re.match("[0-9]{14}Z", text):
         raise ValueError("a date of another form")
-    year, month, day, hour, minute, second = [int(text[:4])] + [int(text[at:at + 2]) for at in range(4, 14, 2)]
+    month, day, hour, minute, second = (int(text[at:at + 2]) for at in range(4, 14, 2))
+    year = int(text[:4])
     leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-    if not (year and 1 <= month <= 12 and 1 <= day <= (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[month - 1]
+    lengths = (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    if not (year and 0 < month < 13 and 0 < day <= lengths[month - 1]
             and hour < 24 and minute < 60 and second < 60):
         raise ValueError("a date that is none")
     # No datetime, which costs memory, and no time_t, which ends in 2038 on small boxes.
-    days = 365 * (year - 1) + (year - 1) // 4 - (year - 1) // 100 + (year - 1) // 400 + (367 * month - 362) // 12 + day
-    days -= 719163 + (month > 2) * (2 - leap)           # 1970-01-01
+    before = year - 1
+    days = 365 * before + before // 4 - before // 100 + before // 400 + sum(lengths[:month - 1])
+    days += day - 719163                    # 1970-01-01
     return 86400 * days + 3600 * hour + 60 * minute + second
 
 
 def _san_names(value):
     """subjectAltName's names, as far as permit has a word for them (RFC 5280 4.2.1.6)."""
-    names = []
-    (_, content, _), = _parts(value, "the subjectAltName", _SEQUENCE)
-    for tag, value, _ in der_items(content):
+    what, names = "the subjectAltName", []
+    for tag, content, _ in der_items(_Sequence(value, what).only(_SEQUENCE).content):
         if tag in _TEXT_NAMES:
-            # Whatever is not ASCII is spelt out: no such name is equal to one that an administrator wrote.
-            names.append(normal_name(_TEXT_NAMES[tag] + value.decode("ascii", "backslashreplace")))
+            # What is not ASCII is spelt out: no such name equals one that an administrator wrote.
+            text = content.decode("ascii", "backslashreplace")
+            names.append(normal_name(_TEXT_NAMES[tag] + text))
         elif tag == 0x87:
-            if len(value) in (4, 16):
-                names.append("IP:" + socket.inet_ntop(socket.AF_INET if len(value) == 4 else socket.AF_INET6, value))
-        elif tag not in _OTHER_NAMES:
-            raise ValueError("the subjectAltName is not as expected")
-        elif tag == 0xa0:
-            _, (_, other, _) = _parts(value, "the subjectAltName", _OID, 0xa0)
-            if len(der_items(other)) != 1:
-                raise ValueError("the subjectAltName is not as expected")
-        elif tag == 0xa4:
-            (_, name, _), = _parts(value, "the subjectAltName", _SEQUENCE)
-            _name(name)
-        elif tag == 0xa5:
-            fields = der_items(value)
-            for text in (_take(fields, "", 0xa0, optional=True), _take(fields, "the subjectAltName", 0xa1)):
-                if text and (len(der_items(text[1])) != 1 or text[1][0] not in (0x0c, 0x13, 0x14, 0x1c, 0x1e)) or fields:
-                    raise ValueError("the subjectAltName is not as expected")
-        elif tag == 0x88:
-            _check_oid(value)
+            if len(content) in (4, 16):
+                family = socket.AF_INET if len(content) == 4 else socket.AF_INET6
+                names.append("IP:" + socket.inet_ntop(family, content))
+        elif tag == 0xa0:                   # otherName
+            parts = _Sequence(content, what)
+            parts.take(_OID)
+            _Sequence(parts.only(0xa0).content, what).only()
+        elif tag == 0xa4:                   # directoryName
+            parts = _Sequence(content, what)
+            _take_name(parts)
+            parts.end()
+        elif tag == 0xa5:                   # ediPartyName
+            parts = _Sequence(content, what)
+            for text in (parts.maybe(0xa0), parts.only(0xa1)):
+                if text:
+                    _Sequence(text.content, what).only(0x0c, 0x13, 0x14, *_WIDE_TEXTS)
+        elif tag == 0x88:                   # registeredID
+            _check_oid(content)
+        elif tag != 0xa3:                   # x400Address
+            raise ValueError(f"{what} is not as expected")
     return names
 
 
-def _extensions(field):
+def _extensions(content):
     """{OID's content: the extension's value} (RFC 5280 4.2)."""
     found = {}
-    (_, content, _), = _parts(field[1], "the extensions", _SEQUENCE)
-    for tag, extension, _ in der_items(content):
-        fields = der_items(extension)
-        oid = _take(fields, "an extension", _OID)[1]
-        _take(fields, "an extension", _BOOLEAN, optional=True)
-        value = _take(fields, "an extension", _OCTETS)[1]
-        if tag != _SEQUENCE or fields or oid in found:
-            raise ValueError("an extension is not as expected, or stands twice")
-        found[oid] = value
+    for extension in der_items(_Sequence(content, "the extensions").only(_SEQUENCE).content):
+        fields = _Sequence(extension.content if extension.tag == _SEQUENCE else b"", "an extension")
+        oid = fields.take(_OID).content
+        fields.maybe(_BOOLEAN)              # critical
+        if oid in found:
+            raise ValueError("an extension stands twice")
+        found[oid] = fields.only(_OCTETS).content
+        if oid in (_SAN, _BASIC_CONSTRAINTS):
+            _check_der(der_items(found[oid]))
     return found
 
 
 def _is_ca(value):
-    fields = der_items(_parts(value, "the basicConstraints", _SEQUENCE)[0][1])
-    ca = _take(fields, "the basicConstraints", _BOOLEAN, optional=True)
-    _take(fields, "the basicConstraints", _INTEGER, optional=True)
-    if fields:
-        raise ValueError("the basicConstraints are not as expected")
-    return ca is not None and ca[1] == b"\xff"
+    what = "the basicConstraints extension"
+    fields = _Sequence(_Sequence(value, what).only(_SEQUENCE).content, what)
+    ca = fields.maybe(_BOOLEAN)
+    fields.maybe(_INTEGER)                  # pathLenConstraint
+    fields.end()
+    return ca is not None and ca.content == b"\xff"
 
 
 def read_certificate(der: bytes) -> Certificate:
-    """A certificate's DER; ValueError for all that is not what RFC 5280 4.1 says, DER throughout.
+    """A certificate's DER; ValueError for all that is not as RFC 5280 4.1 has it, DER throughout.
 
-    OpenSSL reads BER too.  What it would read differently must not be read here, or a peer shows one
+    OpenSSL reads BER too. What it would read differently must not be read here, or a peer shows one
     key or name to OpenSSL and another one to pin or permit.
     """
     try:
-        fields = _signed(der, "the certificate")
-        issuer = _name(_take(fields, "the issuer", _SEQUENCE)[1])
-        times = der_items(_take(fields, "the validity", _SEQUENCE)[1])
-        begin, end = _der_time(_take(times, "a date", *_TIMES)), _der_time(_take(times, "a date", *_TIMES))
-        subject = _name(_take(fields, "the subject", _SEQUENCE)[1])
-        _, key, spki = _take(fields, "the public key", _SEQUENCE)
-        (_, algorithm, _), (_, bits, _) = _parts(key, "the public key", _SEQUENCE, _BITS)
-        _algorithm(algorithm)
-        for tag in (0x81, 0x82):                        # Unique identifiers.
-            _take(fields, "", tag, optional=True)
-        last = _take(fields, "", 0xa3, optional=True)
-        if times or fields or bits[0]:
-            raise ValueError("a field is not in its place")
-        extensions = _extensions(last) if last else {}
-        for oid in (_SAN, _BASIC_CONSTRAINTS):
-            if oid in extensions:
-                _check_der(der_items(extensions[oid]))
+        fields, signed_by = _signed(der, "it")
+        version = fields.maybe(0xa0)
+        if version and version.content not in (b"\x02\x01\0", b"\x02\x01\1", b"\x02\x01\2"):
+            raise ValueError("the version is not 1, 2 or 3")
+        fields.take(_INTEGER)               # serialNumber
+        _take_algorithm(fields, signed_by)
+        issuer = _take_name(fields)
+        validity = _Sequence(fields.take(_SEQUENCE).content, "the validity")
+        begin, end = _take_time(validity), _take_time(validity)
+        validity.end()
+        subject = _take_name(fields)
+        spki = fields.take(_SEQUENCE)
+        key = _Sequence(spki.content, "the public key")
+        _take_algorithm(key)
+        if key.only(_BITS).content[0]:
+            raise ValueError("the public key is not whole bytes")
+        fields.maybe(0x81)                  # issuerUniqueID
+        fields.maybe(0x82)                  # subjectUniqueID
+        last = fields.maybe(0xa3)
+        fields.end()
+        extensions = _extensions(last.content) if last else {}
         names = ["CN=" + text for pairs in subject for field, text in pairs if field == "CN"]
         names += _san_names(extensions[_SAN]) if _SAN in extensions else []
-        pin = "sha256//" + binascii.b2a_base64(hashlib.sha256(spki).digest(), newline=False).decode()
-        # With an escape in it a name matches no permit line.
-        return Certificate(list(map(printable, names)), pin, begin, end, _name_text(subject), _name_text(issuer),
-                           [(field, printable(text)) for pairs in subject for field, text in pairs],
-                           _BASIC_CONSTRAINTS in extensions and _is_ca(extensions[_BASIC_CONSTRAINTS]), spki, extensions)
+        digest = hashlib.sha256(spki.whole).digest()
+        return Certificate(
+            # With an escape in it a name matches no permit line.
+            names=list(map(printable, names)),
+            pin="sha256//" + binascii.b2a_base64(digest, newline=False).decode(),
+            not_before=begin, not_after=end, subject=_name_text(subject), issuer=_name_text(issuer),
+            fields=[(field, printable(text)) for pairs in subject for field, text in pairs],
+            is_ca=_BASIC_CONSTRAINTS in extensions and _is_ca(extensions[_BASIC_CONSTRAINTS]),
+            spki=spki.whole, extensions=extensions)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"a certificate that cannot be read ({_plain(error)})") from None
 
 
 def read_crl(der: bytes) -> RevocationList:
-    """A revocation list's DER; ValueError for all that is not what RFC 5280 5.1 says."""
+    """A revocation list's DER; ValueError for all that is not as RFC 5280 5.1 has it."""
     try:
-        fields = _signed(der, "the revocation list")
-        issuer = _name(_take(fields, "the issuer", _SEQUENCE)[1])
-        begin = _der_time(_take(fields, "a date", *_TIMES))
-        end = _take(fields, "a date", *_TIMES, optional=True)
-        _take(fields, "", _SEQUENCE, optional=True)
-        _take(fields, "", 0xa0, optional=True)
-        if fields:
-            raise ValueError("a field is not in its place")
-        return RevocationList(_name_text(issuer), begin, _der_time(end) if end else NO_EXPIRY)
+        fields, signed_by = _signed(der, "it")
+        fields.maybe(_INTEGER)              # version
+        _take_algorithm(fields, signed_by)
+        issuer = _name_text(_take_name(fields))
+        begin, end = _take_time(fields), NO_EXPIRY
+        later = fields.maybe(*_TIMES)
+        if later:
+            end = _take_time(_Sequence(later.whole, "it"))
+        fields.maybe(_SEQUENCE)             # revokedCertificates
+        fields.maybe(0xa0)                  # crlExtensions
+        fields.end()
+        return RevocationList(issuer, begin, end)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"a revocation list that cannot be read ({_plain(error)})") from None
 
 
 def _plain(error):
     """Python's own words about bytes that are no text tell an administrator nothing."""
-    return "a text of a wrong encoding" if isinstance(error, (UnicodeError, OverflowError)) else error
+    no_text = isinstance(error, (UnicodeError, OverflowError)) or "chr()" in str(error)
+    return "a text of a wrong encoding" if no_text else error
 
 
 def normal_name(name: str) -> str:
@@ -1013,20 +1043,21 @@ def normal_name(name: str) -> str:
     return kind + colon + value.lower() if kind in ("DNS", "email", "IP") else name
 
 
-# --- PEM files: read once, and by this reader alone ---
+# PEM files: each is read once, and by this reader alone.
 
 Block = collections.namedtuple("Block", "kind der line encrypted")
-Block.__doc__ = "A PEM block: CERTIFICATE and the like, its bytes, the line of its BEGIN, whether it is a locked key."
+Block.__doc__ = "A PEM block: CERTIFICATE or the like, bytes, BEGIN's line, a locked key or not."
 
 CERTIFICATES = ("CERTIFICATE", "X509 CERTIFICATE")      # The second is OpenSSL's older word.
 REVOCATION_LIST = "X509 CRL"
 _KEYS, _LISTS, _TRUST = ("PRIVATE KEY",), (REVOCATION_LIST,), CERTIFICATES + (REVOCATION_LIST,)
-_KINDS = {CERTIFICATES: "certificate", _TRUST: "certificate", _KEYS: "private key", _LISTS: "revocation list (X509 CRL)"}
-_marker = re.compile(r"-----(BEGIN|END) (.+)-----").fullmatch
-_like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b").search
+_KINDS = {CERTIFICATES: "certificate", _TRUST: "certificate", _KEYS: "private key",
+          _LISTS: "revocation list (X509 CRL)"}
+_BLANKS = "".join(map(chr, range(33)))                  # What OpenSSL takes off a line's end.
+_marker = re.compile(r"-----(BEGIN|END) ([!-,.-~]+(?:[ -][!-,.-~]+)*)-----").fullmatch
+_like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
+                          r"-\s*(?i:(?:BEGIN|END) (?:\w+ )*(?:CERTIFICATE|CRL|KEY)\b)").search
 _base64 = re.compile(r"[A-Za-z0-9+/]*={0,2}").fullmatch
-_TRUSTED = ("a TRUSTED CERTIFICATE, which only the openssl command understands; "
-            "'openssl x509 -in FILE -out NEWFILE' writes a plain one")
 
 
 def read_file(path: str) -> bytes:
@@ -1041,104 +1072,113 @@ def read_file(path: str) -> bytes:
 def pem_blocks(data: bytes) -> list:
     """The Blocks of a PEM file (RFC 7468); ValueError, with the line, where one is damaged.
 
-    OpenSSL passes over a block whose BEGIN line it does not know for one, without a word.  So whatever
-    looks like such a line must be one.  Text between the blocks, CRLF and a BOM do no harm.
+    OpenSSL passes over a block whose BEGIN line it does not know for one, without a word. So all
+    that looks like such a line must be one. Text between the blocks, CRLF and a BOM do no harm.
     """
-    blocks, kind, start = [], None, 0
+    blocks, kind, start, lines = [], "", 0, []
     for number, line in enumerate(data.decode("latin-1").split("\n"), 1):
         if number == 1 and line.startswith("\xef\xbb\xbf"):
             line = line[3:]
-        line = line.rstrip("".join(map(chr, range(33))))
-        marker = _marker(line)
-        if not (marker or kind) and (line.lstrip().startswith("#") or not _like_marker(line)):
-            continue                                    # Text, or what somebody has turned into a comment.
-        if kind and not marker and not _like_marker(line):
+        line = line.rstrip(_BLANKS)
+        marker, like = _marker(line), _like_marker(line)
+        if not kind and not marker and (not like or line.lstrip().startswith("#")):
+            continue                        # Text, or what somebody has turned into a comment.
+        if kind and not marker and not like:
             lines.append(line)
-        elif not marker or "-----" in marker.group(2):
+        elif not marker:
             raise ValueError(f"line {number}: {_marker_fault(line)}")
         elif marker.group(1) == "BEGIN" and not kind:
             kind, start, lines = marker.group(2), number, []
         elif marker.groups() == ("END", kind):
             blocks.append(_block(kind, start, lines))
-            kind = None
+            kind = ""
+        elif kind:
+            raise ValueError(f"line {number}: {printable(line)}: expected "
+                             f"-----END {printable(kind)}-----, for the BEGIN in line {start}")
         else:
-            raise ValueError(f"line {number}: {printable(line)}: expected " + (
-                f"-----END {printable(kind)}-----, for the BEGIN in line {start}" if kind else "its BEGIN line before it"))
+            raise ValueError(f"line {number}: {printable(line)}: expected its BEGIN line before it")
     if kind:
         raise ValueError(f"line {start}: this BEGIN has no END line: bring the whole file again")
     return blocks
 
 
 def _marker_fault(line):
-    """What is wrong with a line that should be a BEGIN or END line."""
-    if re.search(r"END .*-----BEGIN", line):
+    """What is wrong with a BEGIN or END line, which is not shown: part of a key may be in it."""
+    if re.search("END .*-----BEGIN", line):
         return "a joined END and BEGIN line: expected a line for each"
     if _marker(line.lstrip()):
-        return f"blanks before {line.lstrip()}: expected it at the start of the line, as all of its block"
-    return f"a damaged BEGIN or END line: expected one like -----BEGIN CERTIFICATE-----, alone in its line"
+        return "blanks before BEGIN or END: expected all lines of a block without"
+    return ("a damaged BEGIN or END line: expected one like -----BEGIN CERTIFICATE-----, "
+            "alone in its line")
 
 
 def _block(kind, start, lines):
     """A block of the lines between BEGIN and END; headers end with an empty line (RFC 1421 4.4)."""
-    encrypted, body, at = kind == "ENCRYPTED PRIVATE KEY", lines, start
+    encrypted, body, before = kind == "ENCRYPTED PRIVATE KEY", lines, start
     if lines and ":" in lines[0]:
         end = lines.index("") if "" in lines else 0
         encrypted = any("ENCRYPTED" in line for line in lines[:end])
-        body, at = lines[end:], start + end
-    for number, line in enumerate(body, at + 1):
+        body, before = lines[end:], start + end
+    for number, line in enumerate(body, before + 1):
         if not _base64(line):
             hint = "; take the blanks before it off" if _base64(line.strip()) else ""
             raise ValueError(f"line {number}: damaged base64{hint}")
     text = "".join(body)
     try:
-        der = binascii.a2b_base64(text)
-        if not der or len(text) % 4 or "=" in text.rstrip("="):
+        if not text or len(text) % 4 or "=" in text.rstrip("="):
             raise ValueError
+        return Block(kind, binascii.a2b_base64(text), start, encrypted)
     except ValueError:
-        raise ValueError(f"line {start}: damaged base64 in this block: bring the whole file again") from None
-    return Block(kind, der, start, encrypted)
+        raise ValueError(f"line {start}: damaged base64 in this block: "
+                         "bring the whole file again") from None
 
 
 def _wanted(blocks, kinds, data):
-    """Those of the kinds (a key's kind has its algorithm before it); ValueError if there is none."""
-    found = [block for block in blocks if block.kind in kinds or kinds == _KEYS and block.kind.endswith(_KEYS)]
+    """The blocks of these kinds, a key's with its algorithm before; ValueError if there is none."""
+    found = [block for block in blocks
+             if block.kind in kinds or kinds == _KEYS and block.kind.endswith(_KEYS)]
     if not found:
-        der = "; this looks like DER: 'openssl x509 -inform DER -in FILE -out NEWFILE' writes PEM" if data[:2] == b"\x30\x82" else ""
-        raise ValueError(f"expected PEM with a {_KINDS[kinds]}, found none{der}")
+        hint = ""
+        if data[:2] == b"\x30\x82":
+            hint = ("; this looks like DER: "
+                    "'openssl x509 -inform DER -in FILE -out NEWFILE' writes PEM")
+        raise ValueError(f"expected PEM with a {_KINDS[kinds]}, found none{hint}")
     return found
 
 
 class Credentials:
     """A shim's TLS context, and what -t, the log and the expiry checks want to know of it.
 
-    own is the own Certificate; loaded is all that the context uses, as Loaded.  What is wrong is added
-    to faults, what is only unwise to warnings, as lines.
+    own is the own Certificate; loaded is all that the context uses, as Loaded. What is wrong is
+    added to faults, what is only unwise to warnings, as lines.
     """
 
     def __init__(self, conf, faults, warnings):
         self._conf, self._faults = conf, faults
         self.own, self.loaded = None, []
         server = conf.role == SERVER
-        self.context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3 if conf.min_tls == "1.3" else ssl.TLSVersion.TLSv1_2
+        self.context = context = ssl.SSLContext(
+            ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = (
+            ssl.TLSVersion.TLSv1_3 if conf.min_tls == "1.3" else ssl.TLSVersion.TLSv1_2)
         if conf.min_tls == "1.2":
             context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
         if ssl.OPENSSL_VERSION_INFO >= (3,):
-            context.options |= 0x80                     # SSL_OP_IGNORE_UNEXPECTED_EOF: no close_notify is an end.
+            context.options |= 0x80         # SSL_OP_IGNORE_UNEXPECTED_EOF: no close_notify ends it.
         if server:
             checks = conf.client_certificate != "none"
             context.verify_mode = {"none": ssl.CERT_NONE, "request": ssl.CERT_OPTIONAL,
                                    "require": ssl.CERT_REQUIRED}[conf.client_certificate]
             if hasattr(context, "num_tickets"):
-                context.num_tickets = 1                 # Enough to resume; each costs time and bytes.
+                context.num_tickets = 1     # Enough to resume; each costs time and bytes.
         else:
             checks = conf.verify in ("full", "chain")
             context.check_hostname = conf.verify == "full"
             context.verify_mode = ssl.CERT_REQUIRED if checks else ssl.CERT_NONE
             if hasattr(context, "hostname_checks_common_name"):
                 context.hostname_checks_common_name = False
-        context.loaded, context.crl_issuers = self.loaded, None     # For note_failure().
+        context.loaded, context.crl_issuers = self.loaded, None         # For note_failure().
         if conf.certificate:
             self._load_own(warnings)
         if checks and conf.trust:
@@ -1148,13 +1188,18 @@ class Credentials:
         self._faults.append(f"{self._conf.at(option)}{path}: {openssl_words(error)}")
 
     def _blocks(self, option, path, kinds, data=None):
-        """A file's blocks; none, and a fault noted, where it is faulty or has none of these kinds."""
+        """A file's Blocks; none, and a fault, where it is faulty or has none of these kinds."""
         try:
             data = read_file(path) if data is None else data
             blocks = pem_blocks(data)
-            trusted = [block for block in blocks if block.kind == "TRUSTED CERTIFICATE"]
-            if trusted and kinds != _KEYS:
-                raise ValueError(f"line {trusted[0].line}: " + _TRUSTED.replace("FILE", path, 1))
+            for block in blocks:
+                if block.kind == "TRUSTED CERTIFICATE" and kinds != _KEYS:
+                    raise ValueError(
+                        f"line {block.line}: a TRUSTED CERTIFICATE, which only the openssl command "
+                        f"understands; 'openssl x509 -in {path} -out NEWFILE' writes a plain one")
+                if block.kind not in _TRUST and _is_certificate(block.der):
+                    raise ValueError(f"line {block.line}: a certificate under the heading "
+                                     f"{printable(block.kind)}: expected CERTIFICATE")
             _wanted(blocks, kinds, data)
             return blocks
         except (OSError, ValueError) as error:
@@ -1162,7 +1207,7 @@ class Credentials:
             return []
 
     def _read(self, option, path, blocks, kinds, read):
-        """[(what read() makes of it, DER)] of the blocks of these kinds; none, and a fault, if one cannot be read."""
+        """[(what read() makes of it, DER)] of such blocks; none, and a fault, if one is bad."""
         found = []
         for block in blocks:
             if block.kind in kinds:
@@ -1173,11 +1218,15 @@ class Credentials:
                     return []
         return found
 
+    def _note(self, kind, path, subject, not_before, not_after):
+        what = f"{kind} {path} ({subject or 'without a subject'})"
+        self.loaded.append(Loaded(what, not_before, not_after))
+
     def _load_own(self, warnings):
-        conf = self._conf
-        option, path = ("key", conf.key) if conf.key else ("certificate", conf.certificate)
-        blocks = self._blocks("certificate", conf.certificate, CERTIFICATES)
-        chain = self._read("certificate", conf.certificate, blocks, CERTIFICATES, read_certificate)
+        conf, own = self._conf, self._conf.certificate
+        option, path = ("key", conf.key) if conf.key else ("certificate", own)
+        blocks = self._blocks("certificate", own, CERTIFICATES)
+        chain = self._read("certificate", own, blocks, CERTIFICATES, read_certificate)
         if chain and conf.key:
             blocks = self._blocks(option, path, _KEYS)
         try:
@@ -1185,69 +1234,57 @@ class Credentials:
             if not keys:
                 return
             if any(block.encrypted for block in keys):
-                raise ValueError("the key is encrypted, which a daemon cannot open; 'openssl pkey -in FILE' writes it plain")
+                raise ValueError("the key is encrypted, which a daemon cannot open; "
+                                 "'openssl pkey -in FILE' writes it plain")
             for certificate, der in chain:
-                try:
-                    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=der)
-                except (OSError, ValueError) as error:
-                    raise ValueError(f"OpenSSL does not take the certificate of {certificate.subject}: "
-                                     f"{openssl_words(error)}") from None
-            self.context.load_cert_chain(conf.certificate, conf.key, "")
+                _try_openssl(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, der)
+            self.context.load_cert_chain(own, conf.key, "")
         except (OSError, ValueError) as error:
             if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-                error = f"this key does not belong to the first certificate of {conf.certificate}"
+                error = f"this key does not belong to the first certificate of {own}"
             return self._fault(option, path, error)
         if os.stat(path).st_mode & stat.S_IROTH:
-            warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; 'chmod o= {path}'")
+            warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; "
+                            f"'chmod o= {path}'")
         self.own = chain[0][0]
         for number, each in enumerate({der: each for each, der in chain}.values()):
             kind = "chain certificate" if number else "own certificate"
-            self._note(kind, conf.certificate, each.subject, each.not_before, each.not_after)
-
-    def _note(self, kind, path, subject, not_before, not_after):
-        self.loaded.append(Loaded(f"{kind} {path} ({subject or 'without a subject'})", not_before, not_after))
+            self._note(kind, own, each.subject, each.not_before, each.not_after)
 
     def _load_trust(self, warnings):
         conf, context = self._conf, self.context
-        # What is put into trust is trusted as it is, be it an intermediate CA's or a server's own certificate.
-        context.verify_flags |= 0x80000                 # X509_V_FLAG_PARTIAL_CHAIN, with a name since Python 3.10
-        lists = {}                                      # DER: (RevocationList, path)
+        # What is put into trust is trusted as it is, be it an intermediate CA's or a server's own.
+        context.verify_flags |= 0x80000     # X509_V_FLAG_PARTIAL_CHAIN; Python 3.10 has the name
+        lists = {}                          # DER: (RevocationList, path)
         for path in conf.crl or ():
             blocks = self._blocks("crl", path, _LISTS)
             if any(block.kind in CERTIFICATES for block in blocks):
-                self._fault("crl", path, "expected nothing but revocation lists, found a certificate, which would be trusted")
+                self._fault("crl", path, "expected nothing but revocation lists, "
+                                         "found a certificate, which would be trusted")
             else:
-                lists.update((der, (each, path)) for each, der in self._read("crl", path, blocks, _LISTS, read_crl))
-        found = {}                                      # DER: (Certificate, path)
+                for each, der in self._read("crl", path, blocks, _LISTS, read_crl):
+                    lists.setdefault(der, (each, path))
+        found = {}                          # DER: (Certificate, path)
         try:
             found = self._system() if conf.trust == "system" else self._trusted(lists)
         except (OSError, ValueError) as error:
             self._fault("trust", conf.trust, error)
         self._note_trust(found)
-        before = context.cert_store_stats()
-        for path in dict.fromkeys(path for _, path in lists.values()):
-            try:
-                context.load_verify_locations(cafile=path)
-                context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-            except OSError as error:
-                self._fault("crl", path, error)
-        after = context.cert_store_stats()
-        if after["crl"] - before["crl"] != len(lists) or after["x509"] != before["x509"]:
-            self._fault("crl", ", ".join(conf.crl), f"OpenSSL uses {after['crl']} of {len(lists)} revocation lists")
-        for each, path in lists.values():
-            self._note("revocation list", path, each.issuer, each.this_update, each.next_update)
         if lists:
-            context.crl_issuers = {each.issuer for each, _ in lists.values()}
-            lack = [each.subject for each, _ in found.values() if each.is_ca and each.subject not in context.crl_issuers]
+            self._load_lists(lists)
+            lack = [each.subject for each, _ in found.values()
+                    if each.is_ca and each.subject not in context.crl_issuers]
             if lack and len(found) <= BUNDLE:
-                warnings.append(f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what that CA has issued "
-                                "is refused, since with crl set each CA above a certificate needs one")
+                warnings.append(
+                    f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what it "
+                    "has issued is refused, since with crl set each CA needs one")
 
     def _trusted(self, lists):
         """Load the certificates of trust, each once: {DER: (Certificate, path)}."""
-        conf, context, found, before = self._conf, self.context, {}, len(self._faults)
-        folder = os.path.isdir(conf.trust)
-        for path in sorted(os.path.join(conf.trust, name) for name in os.listdir(conf.trust)) if folder else [conf.trust]:
+        context, trust, found, before = self.context, self._conf.trust, {}, len(self._faults)
+        folder = os.path.isdir(trust)
+        names = sorted(os.listdir(trust)) if folder else [""]
+        for path in (os.path.join(trust, name) if folder else trust for name in names):
             if folder and not os.path.isfile(path):
                 continue
             try:
@@ -1255,72 +1292,118 @@ class Credentials:
             except (OSError, ValueError) as error:
                 self._fault("trust", path, error)
                 continue
-            if folder and not re.search(rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
-                continue                                # Other files may stand beside: a README, keys.
+            here = rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b"
+            if folder and not re.search(here, data):
+                continue                    # Other files may stand beside: a README, keys.
             blocks = self._blocks("trust", path, _TRUST, data)
             certificates = self._read("trust", path, blocks, CERTIFICATES, read_certificate)
-            found.update((der, (each, path)) for each, der in certificates if der not in found)
+            for each, der in certificates:
+                found.setdefault(der, (each, path))
             if any(block.kind == REVOCATION_LIST and block.der not in lists for block in blocks):
-                self._fault("trust", path, "a revocation list, which counts only as crl: " + (
-                    "move it into a file of its own and set crl = FILE" if certificates else f"set crl = {path}"))
+                cure = "move it into a file of its own and set crl = FILE"
+                self._fault("trust", path, "a revocation list, which counts only as crl: "
+                            + (cure if certificates else f"set crl = {path}"))
         for der, (each, path) in found.items():
             try:
-                context.load_verify_locations(cadata=der)
-            except (OSError, ValueError) as error:
-                self._fault("trust", path, f"OpenSSL does not take the certificate of {each.subject}: {openssl_words(error)}")
+                _try_openssl(context, each, der)
+            except ValueError as error:
+                self._fault("trust", path, error)
         if len(self._faults) == before:
+            count = context.cert_store_stats()["x509"]
             if not found:
                 raise ValueError("expected PEM files with certificates, found none")
-            if context.cert_store_stats()["x509"] != len(found):
-                raise ValueError(f"OpenSSL uses {context.cert_store_stats()['x509']} of {len(found)} certificates")
+            if count != len(found):
+                raise ValueError(f"OpenSSL uses {count} of {len(found)} certificates")
         return found
 
     def _system(self):
-        """Load the machine's certificates. OpenSSL reads those of a folder when it needs them, so they are not returned."""
+        """Load the machine's certificates, of which OpenSSL reads a folder's only when needed."""
         self.context.load_default_certs()
         folder, found = ssl.get_default_verify_paths().capath, {}
         if not self.context.cert_store_stats()["x509"] and not (folder and os.listdir(folder)):
-            raise ValueError("this machine has no CA certificates; install its package ca-certificates")
+            raise ValueError("this machine has no CA certificates; "
+                             "install its package ca-certificates")
         for der in self.context.get_ca_certs(True):
             try:
                 found[der] = read_certificate(der), "system"
             except ValueError:
-                pass                                    # OpenSSL's to judge; only its dates are not watched.
+                pass                        # OpenSSL's to judge; only its dates are not watched.
         return found
 
     def _note_trust(self, found):
         """One line for each, or one for a whole bundle with the first of them to end."""
         if len(found) <= BUNDLE:
             for each, path in found.values():
-                self._note("trusted certificate in", path, each.subject, each.not_before, each.not_after)
+                self._note("trusted certificate in", path, each.subject,
+                           each.not_before, each.not_after)
             return
         now = time.time()
-        past = sum(each.not_after < now for each, _ in found.values())
-        first, _ = min(found.values(), key=lambda item: (item[0].not_after < now, item[0].not_after))
-        self._note(f"{len(found)} trusted certificates in {self._conf.trust}," + f" {past} of them expired," * (past > 0),
-                   f"the {'next' if past else 'first'} to end", first.subject, first.not_before, first.not_after)
+        certificates = [each for each, _ in found.values()]
+        past = sum(each.not_after < now for each in certificates)
+        first = min(certificates, key=lambda each: (each.not_after < now, each.not_after))
+        which = f"{past} of them expired, the next to end" if past else "the first to end"
+        self._note(f"{len(found)} trusted certificates in", f"{self._conf.trust}, {which}",
+                   first.subject, first.not_before, first.not_after)
+
+    def _load_lists(self, lists):
+        """Load revocation lists, for which Python has no other way than their files' paths."""
+        context, before = self.context, self.context.cert_store_stats()
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+        for path in dict.fromkeys(path for _, path in lists.values()):
+            try:
+                context.load_verify_locations(cafile=path)
+            except OSError as error:
+                self._fault("crl", path, error)
+        after = context.cert_store_stats()
+        if after["crl"] != len(lists) or after["x509"] != before["x509"]:
+            self._fault("crl", ", ".join(self._conf.crl),
+                        f"OpenSSL uses {after['crl']} of {len(lists)} revocation lists")
+        for each, path in lists.values():
+            self._note("revocation list", path, each.issuer, each.this_update, each.next_update)
+        context.crl_issuers = {each.issuer for each, _ in lists.values()}
+
+
+def _is_certificate(der):
+    try:
+        return bool(read_certificate(der))
+    except ValueError:
+        return False
+
+
+def _try_openssl(context, certificate, der):
+    """Load a certificate into a context's store; ValueError that names it if OpenSSL refuses."""
+    try:
+        context.load_verify_locations(cadata=der)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"OpenSSL does not take the certificate of {certificate.subject}: "
+                         f"{openssl_words(error)}") from None
 
 
 def _some(texts, most=3):
     """The first few of many, for a message."""
-    return " and ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return " and ".join(texts[:most]) + more
+
+
+_WEAK_KEY = "is too short for this OpenSSL's security level (RSA needs 2048 bits): make a new one"
+_WEAK_DIGEST = ("is signed with SHA-1 or another weak digest, which this OpenSSL's security level "
+                "does not allow: make it anew")
+_LOAD_WORDS = {                             # By OpenSSL's reasons (sslerr.h).
+    "EE_KEY_TOO_SMALL": "its key " + _WEAK_KEY,
+    "CA_KEY_TOO_SMALL": "the key of a CA in it " + _WEAK_KEY,
+    "CA_MD_TOO_WEAK": "a certificate in it " + _WEAK_DIGEST}
 
 
 def openssl_words(error) -> str:
-    """An OSError, ssl.SSLError or ValueError from loading a file, in an administrator's words."""
+    """An OSError, ssl.SSLError, ValueError or text about a file, in an administrator's words."""
     reason = getattr(error, "reason", None) or ""
     if reason in _LOAD_WORDS:
         return _LOAD_WORDS[reason]
     if isinstance(error, ssl.SSLError):
-        words = reason.lower().replace("_", " ") or re.sub(r"^\[[^]]*\] *| *\(_ssl\.c:\d+\)$", "", str(error))
-        return f"OpenSSL cannot use it ({words}): is it whole, and of a kind that this OpenSSL knows?"
+        words = re.sub(r"^\[[^]]*\] *| *\(_ssl\.c:\d+\)$", "", str(error))
+        words = reason.lower().replace("_", " ") or words
+        return f"OpenSSL cannot use it ({words}): is it whole, and of a kind that OpenSSL knows?"
     return getattr(error, "strerror", None) or str(error)
-
-
-_WEAK_KEY = "is too short for this OpenSSL's security level (RSA needs 2048 bits): make a new one"
-_WEAK_DIGEST = "is signed by way of SHA-1 or another weak digest, which this OpenSSL's security level does not allow: make it anew"
-_LOAD_WORDS = {"EE_KEY_TOO_SMALL": "its key " + _WEAK_KEY, "CA_KEY_TOO_SMALL": "the key of a CA in it " + _WEAK_KEY,
-               "CA_MD_TOO_WEAK": "a certificate in it " + _WEAK_DIGEST}
 
 
 def handshake_step(sock):
@@ -1338,54 +1421,65 @@ def handshake_step(sock):
 
 
 def describe_peer(sock) -> Peer:
+    """The Peer of an SSLSocket or SSLObject; ValueError if its certificate cannot be read."""
     der = sock.getpeercert(True)
-    if not der:
-        return Peer(sock.version(), sock.cipher()[0], [], "", 0)
-    try:
-        found = read_certificate(der)
-    except ValueError as error:
-        raise ValueError(f"the peer sent {error}") from None
-    return Peer(sock.version(), sock.cipher()[0], found.names, found.pin, found.not_after)
+    names, pin, not_after = [], "", 0
+    if der:
+        try:
+            found = read_certificate(der)
+        except ValueError as error:
+            raise ValueError(f"the peer sent {error}") from None
+        names, pin, not_after = found.names, found.pin, found.not_after
+    return Peer(sock.version(), sock.cipher()[0], names, pin, not_after)
 
 
 # By OpenSSL's X509_V_ERR_ numbers (x509_vfy.h).
 _NAME_FAULTS = (62, 64)
 _DATE_WORDS = {9: "is not valid yet: compare the clocks", 10: "has expired: renew it"}
 _VERIFY_WORDS = {
-    3: "no revocation list (crl) of its issuer: with crl set, each CA above a certificate needs one",
+    3: "no revocation list (crl) of its issuer: with crl set, each CA above it needs one",
     9: "its certificate " + _DATE_WORDS[9], 10: "its certificate " + _DATE_WORDS[10],
     11: "the revocation list (crl) is not valid yet: compare the clocks",
     12: "the revocation list (crl) has expired: renew it",
-    18: "its certificate is self-signed and not in trust", 19: "unknown CA: its issuer is not in trust",
-    20: "unknown CA: its issuer is not in trust", 21: "unknown CA: its issuer is not in trust",
+    18: "its certificate is self-signed and not in trust",
+    19: "unknown CA: its issuer is not in trust", 20: "unknown CA: its issuer is not in trust",
+    21: "unknown CA: its issuer is not in trust",
     23: "its certificate, or its issuer's, is revoked",
     24: "its issuer's certificate is not one of a CA",
-    26: "its certificate, or its issuer's, was made for another use: a server's has serverAuth, a client's clientAuth",
-    66: "the key of its certificate " + _WEAK_KEY, 67: "the key of a CA above its certificate " + _WEAK_KEY,
+    26: "its certificate, or its issuer's, was made for another use: a server's has serverAuth, "
+        "a client's clientAuth",
+    66: "the key of its certificate " + _WEAK_KEY,
+    67: "the key of a CA above its certificate " + _WEAK_KEY,
     68: "its certificate, or its issuer's, " + _WEAK_DIGEST}
 
 
 def note_failure(sock, error):
-    """Put into a verification's error, as whose, what is known of whose certificate it was.
+    """Give a verification's error an attribute, whose: the words, with whose certificate it was.
 
-    sock is the SSLSocket or SSLObject.  A client has the chain that the server sent, from Python 3.10 on.
+    sock is the SSLSocket or SSLObject. From Python 3.10 on a client has the chain that the server
+    sent; a server has nothing.
     """
     chain = []
     try:
-        for each in sock._sslobj.get_unverified_chain() or ():          # Python 3.13 has a public name for it.
+        for each in sock._sslobj.get_unverified_chain() or ():  # Public in Python 3.13.
             chain.append(read_certificate(each.public_bytes(2)))        # DER
     except (AttributeError, ValueError):
         pass
-    context, code, now = sock.context, error.verify_code, time.time()
+    code, context, now = error.verify_code, sock.context, time.time()
     if code in _DATE_WORDS:
-        wrong = [number for number, each in enumerate(chain) if (now > each.not_after if code == 10 else now < each.not_before)]
-        loaded = [each.what for each in getattr(context, "loaded", ()) if each.what.startswith("trusted")
-                  and (now > each.not_after if code == 10 else now < each.not_before)]
-        whose = "its certificate, or its issuer's," + (f" or {loaded[0]}" if loaded else "")
-        if wrong:
-            whose = "its certificate" if wrong[0] == 0 else f"its issuer's certificate ({chain[wrong[0]].subject})"
-        elif chain and loaded:
-            whose = loaded[0]
+        def wrong(each):
+            return now > each.not_after if code == 10 else now < each.not_before
+        sent = [number for number, each in enumerate(chain) if wrong(each)]
+        trusted = [each.what for each in getattr(context, "loaded", ())
+                   if each.what.startswith("trusted") and wrong(each)]
+        if sent:
+            whose = "its certificate"
+            if sent[0]:
+                whose = f"its issuer's certificate ({chain[sent[0]].subject})"
+        elif chain and trusted:
+            whose = trusted[0]
+        else:
+            whose = " or ".join(["its certificate, or its issuer's,"] + trusted[:1])
         error.whose = f"{whose} {_DATE_WORDS[code]}"
     elif code == 3 and chain and getattr(context, "crl_issuers", None):
         lack = [each.issuer for each in chain if each.issuer not in context.crl_issuers]
@@ -1396,34 +1490,38 @@ def note_failure(sock, error):
 
 
 def name_words(names: list, name: str) -> str:
-    """How a certificate with these names stands to the name it was asked for: "is for …, not for …"."""
-    alternatives = [each for each in names if each[:4] == "DNS:" or each[:3] == "IP:"]
+    """How a certificate with these names stands to a name: "is for …", or why not, and the cure."""
+    address = numeric_family(name)
+    wanted = normal_name(("IP:" if address else "DNS:") + name)
+    alternatives = [each for each in names if each.startswith(("DNS:", "IP:"))]
     if not alternatives:
         return (f"is not for {name}: it has no subjectAltName, and names count nowhere else; "
-                f"make it anew with one ({'IP' if numeric_family(name) else 'DNS'}:{name})")
-    address = numeric_family(name)
+                f"make it anew with one ({wanted})")
     if address and "DNS:" + name.lower() in names:
-        return f"is not for {name}: it has the address as DNS:{name}; make it anew with IP:{name}"
-    fits = {normal_name("IP:" + name)} if address else {"DNS:" + name.lower(), "DNS:*." + name.lower().partition(".")[2]}
-    shown = f"is for {names_text(alternatives)}"
-    return shown if fits & set(names) else f"{shown}, not for {name}: set server_name to one of these, or make one with {name}"
+        return f"is not for {name}: it has the address as DNS:{name}; make it anew with {wanted}"
+    words = "is for " + names_text(alternatives)
+    if wanted in names or not address and "DNS:*." + wanted.partition(".")[2] in names:
+        return words
+    return f"{words}, not for {name}: set server_name to one of these, or make one with {name}"
 
 
 def tls_error(error, name=None) -> str:
     """An exception of a socket, with or without TLS, in an administrator's words."""
-    reason = isinstance(error, ssl.SSLError) and error.reason or ""
+    reason = isinstance(error, ssl.SSLError) and getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLCertVerificationError):
         code = error.verify_code
         if hasattr(error, "whose"):
             return error.whose
         if code in _NAME_FAULTS:
             kind = "name" if code == 62 else "address"
-            return f"its certificate is not for this {kind} ({name}): set server_name, or make a certificate with it"
+            return (f"its certificate is not for this {kind} ({name}): "
+                    "set server_name, or make a certificate with it")
         if code in _DATE_WORDS:
             return f"its certificate, its issuer's, or one in trust {_DATE_WORDS[code]}"
         return _VERIFY_WORDS.get(code, error.verify_message)
     if "ALERT_" in reason:
-        return f"the peer refused with the TLS alert '{reason.partition('ALERT_')[2].lower().replace('_', ' ')}'"
+        alert = reason.partition("ALERT_")[2].lower().replace("_", " ")
+        return f"the peer refused with the TLS alert '{alert}'"
     if "PROTOCOL" in reason or "VERSION" in reason:
         return "the peer speaks no TLS version that min_tls allows"
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
@@ -1434,6 +1532,7 @@ def tls_error(error, name=None) -> str:
 
 
 def days_text(not_after, not_before=0) -> str:
+    """What to say of dates, given in seconds since 1970."""
     now = time.time()
     if not_before > now:
         return f"is not valid yet, but in {int((not_before - now) / 86400) + 1} days"
@@ -1449,7 +1548,7 @@ def days_left(loaded):
 
 
 def date_level(loaded) -> int:
-    """How a Loaded's dates are logged: ERROR when it does not hold now, WARNING soon before its end."""
+    """How a Loaded's dates are logged: ERROR if it does not hold now, WARNING soon before."""
     now = time.time()
     if not loaded.not_before <= now <= loaded.not_after:
         return ERROR
@@ -2490,7 +2589,8 @@ def status_data(daemon):
         "name": shim.name, "role": shim.conf.role,
         "listen": [address_text(side.sock.getsockname()) for side in daemon.listeners.values() if side.shim is shim],
         "upstream": [{"address": target.text, "state": target.failed or "ok"} for target in shim.targets],
-        "certificates": [{"what": each.what, "days_left": days_left(each), "holds": days_text(each.not_after, each.not_before)}
+        "certificates": [{"what": each.what, "days_left": days_left(each),
+                          "holds": days_text(each.not_after, each.not_before)}
                          for each in shim.credentials.loaded],
         "sessions": sum(shim.addresses.values()), "sessions_total": shim.counts["total"],
         "upstream_fresh": shim.counts["fresh"], "upstream_reused": shim.counts["reused"], "kept": len(shim.kept), "refused": dict(shim.refused)} for shim in loop.shims]
@@ -2522,7 +2622,7 @@ def status_table(data):
     return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
 
 
-METRICS = {                                             # name: (type, help), in the order of the output
+METRICS = {                                 # name: (type, help), in the order of the output
     "up_seconds": ("gauge", "seconds since the start"),
     "sessions": ("gauge", "sessions now"),
     "sessions_total": ("counter", "sessions since the start"),
@@ -2531,7 +2631,7 @@ METRICS = {                                             # name: (type, help), in
     "kept": ("gauge", "idle upstream sessions kept for reuse"),
     "refused_total": ("counter", "sessions refused, by reason"),
     "upstream_up": ("gauge", "1 if the last attempt at this upstream worked"),
-    "certificate_days_left": ("gauge", "days until a certificate or revocation list in use ends, +Inf if never"),
+    "certificate_days_left": ("gauge", "days until a certificate or revocation list ends, or +Inf"),
 }
 
 
@@ -2562,7 +2662,8 @@ def status_prometheus(data):
         if found:
             kind, text = METRICS[name]
             lines += [f"# HELP nutshim_{name} {text}", f"# TYPE nutshim_{name} {kind}"]
-            lines += [f"nutshim_{name}{key} {'+Inf' if value == float('inf') else value}" for key, value in found.items()]
+            lines += [f"nutshim_{name}{key} {'+Inf' if value == float('inf') else value}"
+                      for key, value in found.items()]
     return "\n".join(lines)
 
 
@@ -2693,7 +2794,8 @@ def _probe_stranger(conf, found, name):
                 peer = describe_peer(tls)
     except (OSError, ValueError, ProtocolError):
         return "It could not be looked at again"
-    return f"The certificate {name_words(peer.names, name)}; it {days_text(peer.not_after)}; its pin is {peer.pin}"
+    return (f"The certificate {name_words(peer.names, name)}; it {days_text(peer.not_after)}; "
+            f"its pin is {peer.pin}")
 
 
 # --- Daemon --------------------------------------------------------------------------------------
@@ -2868,7 +2970,8 @@ class Daemon:
             os.chdir("/")
             if not account:
                 return
-            closed = {path: closed_steps(path, account) for path in self._files()}      # While nothing is closed to us.
+            # While nothing is closed to us.
+            closed = {path: closed_steps(path, account) for path in self._files()}
             at = conf.at("user") + account.pw_name + ": "
             os.setgroups([])
             os.setgid(account.pw_gid)
@@ -2881,8 +2984,8 @@ class Daemon:
             if not os.access(path, os.R_OK):
                 cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
                 where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
-                self.log(WARNING, f"{path}: {account.pw_name} cannot read it{where}, so a reload will fail"
-                                  + (f"; {cures} let it" if cures else ""))
+                self.log(WARNING, f"{path}: {account.pw_name} cannot read it{where}, "
+                                  "so a reload will fail" + (f"; {cures} let it" if cures else ""))
 
     def _files(self):
         """All files that a reload reads, and trust's folders with theirs."""
@@ -3013,7 +3116,8 @@ class Daemon:
     def _tell_expiries(self):
         for shim in self.loop.shims:
             for each in shim.credentials.loaded:
-                self.log(date_level(each), f"[{shim.name}] {each.what} {days_text(each.not_after, each.not_before)}")
+                words = days_text(each.not_after, each.not_before)
+                self.log(date_level(each), f"[{shim.name}] {each.what} {words}")
 
     def stop(self):
         """No new sessions, the replies under way, the end."""
@@ -3055,10 +3159,10 @@ class Daemon:
 
 
 def closed_steps(path: str, account) -> list:
-    """What closes a file to an account that has no other groups: [(folder or file, commands that open it)].
+    """What closes a file to an account without other groups: [(folder or file, commands)].
 
-    From the permission bits of each folder on the way, behind links too, and of the file.  account is
-    of pwd's kind.  The commands open it for the account's group.
+    The permission bits of each folder on the way, behind links too, and of the file count. account
+    is one of pwd. The commands, followed literally, open it for the account's group.
     """
     found, here, todo, links = [], "/", os.path.abspath(path).split("/"), 0
     while True:
@@ -3074,12 +3178,14 @@ def closed_steps(path: str, account) -> list:
         todo = [part for part in todo if part not in ("", ".")]
         folder = stat.S_ISDIR(info.st_mode)
         need = "x" * folder if todo else "r" + "x" * folder
-        who = "u" if info.st_uid == account.pw_uid else "g" if info.st_gid == account.pw_gid else "o"
-        lacks = "".join(letter for letter in need if not info.st_mode >> "ogu".index(who) * 3 & {"r": 4, "x": 1}[letter])
+        who = "g" if info.st_gid == account.pw_gid else "o"
+        who = "u" if info.st_uid == account.pw_uid else who
+        bits = info.st_mode >> 3 * "ogu".index(who)
+        lacks = "".join(letter for letter in need if not bits & {"r": 4, "x": 1}[letter])
         if lacks and here not in [place for place, _ in found]:
             # Another owner's file is opened by way of its group, whose bits then count.
-            found.append((here, [f"chmod u+{lacks} {here}"] if who == "u" else
-                          [f"chgrp {account.pw_gid} {here}"] * (who == "o") + [f"chmod g+{need} {here}"]))
+            cures = [f"chgrp {account.pw_gid} {here}"] * (who == "o") + [f"chmod g+{need} {here}"]
+            found.append((here, [f"chmod u+{lacks} {here}"] if who == "u" else cures))
         if not todo:
             return found
         part = todo.pop(0)

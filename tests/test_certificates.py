@@ -247,6 +247,10 @@ def test_damaged_pem_files_are_named(pki, tmp_path):
         "trust": {
             "dash lost": (ca[1:], "damaged"), "a damaged second": (ca + other.replace("MII", "!!!", 1), "damaged base64"),
             "dash lost in the second": (ca + other[1:], "damaged"), "trusted": (tight, "TRUSTED CERTIFICATE"),
+            "six dashes": (ca + other.replace("ATE-----", "ATE------"), "damaged BEGIN"), "lower case": (
+                ca + other.replace("BEGIN CERTIFICATE", "begin certificate"), "damaged BEGIN"), "a blank": (
+                ca + other.replace("ATE-----", "ATE -----"), "damaged BEGIN"), "misspelt": (
+                ca + other.replace("CERTIFICATE", "CERTFICATE"), "a certificate under the heading CERTFICATE"),
             "trusted among others": (ca + tight, "TRUSTED CERTIFICATE"), "ber": (ca + pem(certificate(subject=indefinite(SUBJECT))), "indefinite"),
             "list": (ca + read(pki.crl), "revocation list, which counts only as crl"), "a list alone": (read(pki.crl), r"set crl = \S*list"),
         }}
@@ -290,7 +294,7 @@ def test_pem_files_of_all_forms(pki, tmp_path, shim, nut):
             "x509", "-in", pki.chained.cert, "-text") + own[len(key) + len(cert):] + key, "comments": "# -----BEGIN CERTIFICATE-----\n# x\n" + own,
         "parameters": openssl("ecparam", "-name", "prime256v1") + own, "old": own.replace(" CERTIFICATE", " X509 CERTIFICATE"),
         "no newline": own.rstrip("\n"), "control-Z": own + "\x1a", "twice": key + cert + cert + own[len(key) + len(cert):] * 2,
-        "root": own + ca, "long": own + ca * 60, "blanks": own.replace("\n", "  \t\n"), "old key": openssl("ec", "-in", pki.chained.key) + own[len(key):],
+        "root": own + ca, "long": own + ca * 218, "blanks": own.replace("\n", "  \t\n"), "old key": openssl("ec", "-in", pki.chained.key) + own[len(key):],
     }
     if ssl.OPENSSL_VERSION_INFO < (3,):
         del forms["bom"]                                # which OpenSSL 1.1.1 does not pass over
@@ -307,6 +311,37 @@ def put(path, text):
     with open(path, "wb") as file:
         file.write(text.encode("utf-8"))
     return str(path)
+
+
+def test_certificates_of_all_kinds(tmp_path):
+    """Ed448, RSA-PSS, P-384 and RSA certificates are read with the pins that openssl gives them, by -t and by mkNUTcert.py show."""
+    kinds = {"Ed448": ["ed448"], "RSA-PSS 2048": ["rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"], "RSA 2048": ["rsa:2048"],
+             "EC P-384": ["ec", "-pkeyopt", "ec_paramgen_curve:P-384"]}
+    text, pins = "", {}
+    for kind, options in kinds.items():
+        base = str(tmp_path / kind.replace(" ", ""))
+        openssl("req", "-x509", "-newkey", *options, "-nodes", "-keyout", base + ".key", "-out", base + ".pem", "-subj", "/CN=x", "-days", "9")
+        text += "[%s]\nrole = server\ncertificate = %s.pem\nkey = %s.key\n" % (os.path.basename(base), base, base)
+        pins[kind] = pin(public_key(base + ".key"))
+        shown = mk("show", base + ".pem")[1]
+        assert "key:     %s\n" % kind in shown and pins[kind] in shown, shown
+    done = check(tmp_path, text)
+    assert done.returncode == 0 and all("pin = %s\n" % each in done.stdout for each in pins.values()), done
+
+
+def test_roots_that_are_renewed_or_cross_signed(shim, pki, tmp_path):
+    """Several certificates of one CA, renewed with the same key or signed by another CA, are all in trust and all told of."""
+    config, ca = os.path.join(pki.ca.path, "config"), os.path.splitext(pki.ca.cert)[0]
+    for title, how in (("renewed", ["-selfsign"]), ("crossed", ["-cert", pki.other_ca.cert, "-keyfile", pki.other_ca.key])):
+        openssl("ca", "-batch", "-notext", "-config", config, "-in", ca + ".csr", "-extfile", ca + ".ext", "-out",
+                str(tmp_path / title), "-startdate", "20200101000000Z", "-enddate", "20600101000000Z", *how)
+    trust = write(str(tmp_path / "trust"), read(tmp_path / "renewed") + read(tmp_path / "crossed") + read(pki.ca.cert))
+    with FalseServer(tls(pki.chained)) as server:
+        running = shim({"c": {"role": "client", "listen": "127.0.0.1:0", "upstream": "localhost:%d" % server.port, "trust": trust}})
+        with PlainClient(running.port("c")) as client:
+            client.send("USERNAME x\n")
+            assert client.recv_line() == b"OK\n"
+    assert running.log.count("trusted certificate in %s (CN=Test CA)" % trust) == 3
 
 
 def test_trust_of_all_forms(pki, tmp_path):
