@@ -130,7 +130,7 @@ def host_name(text: str) -> Name:
         except (OSError, ValueError):
             why = "no valid IPv4 or IPv6 address (neither brackets nor %zone)"
     elif not all(map(LABEL.fullmatch, text.split("."))):
-        why = "no host name (letters, digits, '-' and '_'; parts of 1 to 63, set apart by '.')"
+        why = "no host name (letters, digits, '-' and '_'; parts of 1 to 63, with '.' between)"
     if why:
         raise argparse.ArgumentTypeError("%s: %s" % (ascii(text[:80]), why))
     return Name("DNS", text.lower())
@@ -784,7 +784,7 @@ def asn1_time(when: datetime.datetime) -> str:
 
 
 def new_serial() -> int:
-    """127 bits, 126 of them by chance: positive, of one length, never the same twice."""
+    """127 bits, 126 of them random: positive, of one length, never the same twice."""
     return 1 << 126 | int.from_bytes(os.urandom(16), "big") >> 2
 
 
@@ -1454,7 +1454,7 @@ COMMANDS = {
     "ca": (make_ca, "make a CA that stays, in a folder of its own"),
     "server": (make_server, "make a certificate from it for a upsd box"),
     "client": (make_client, "make a certificate from it for a client, for mutual TLS"),
-    "renew": (renew, "make a certificate anew: the same names, a new date"),
+    "renew": (renew, "make a certificate again: the same names, a new date"),
     "revoke": (revoke, "put a certificate on the CA's revocation list"),
     "show": (show, "say what is in PEM files"),
     "check": (check, "say what is wrong with PEM files, and how to cure it"),
@@ -1514,7 +1514,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     if command == "":
         add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list, help="host names and addresses, set "
             "apart by blanks (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
-        add("--serialNumber", metavar="INT", type=whole(1, 2 ** 159 - 1), help="(default: by chance)")
+        add("--serialNumber", metavar="INT", type=whole(1, 2 ** 159 - 1), help="(default: random)")
         add("-s", "--servercertfile", metavar="FILE", help="the server's file (default: HOSTNAME.cert.pem)")
         add("-c", "--clientcertfile", metavar="FILE", help="the clients' file (default: HOSTNAME-client.cert.pem)")
     return parser
