@@ -1512,8 +1512,8 @@ def parser_for(command: str) -> argparse.ArgumentParser:
             help="organisation (default: Network UPS Tools)")
         add("-OU", "--organisationUnitName", metavar="TEXT", type=dn_text, default="", help="its unit (default: none)")
     if command == "":
-        add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list, help="host names and addresses, set "
-            "apart by blanks (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
+        add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list, help="host names and addresses, "
+            "separated by blanks (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
         add("--serialNumber", metavar="INT", type=whole(1, 2 ** 159 - 1), help="(default: random)")
         add("-s", "--servercertfile", metavar="FILE", help="the server's file (default: HOSTNAME.cert.pem)")
         add("-c", "--clientcertfile", metavar="FILE", help="the clients' file (default: HOSTNAME-client.cert.pem)")
