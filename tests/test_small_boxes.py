@@ -1,65 +1,77 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What nutshim.py needs of Python: OpenWrt's python3-light and python3-openssl, from 3.7 on.
 
-The small Python is the one at hand with an import hook that has nothing of what OpenWrt puts into
-other packages (lang/python/python3/files/python3-package-*.mk in its packages feed), run without
-site and the environment. Modules that need one of these are out with them, as they are there.
+The small Python is the one at hand, copied, beside a standard library that has nothing of what OpenWrt
+puts into other packages (lang/python/python3/files/python3-package-*.mk in its packages feed). Modules
+that need one of these are out with them, as they are there. It is an interpreter of its own: what it
+starts with its own path, isolated and without site, is as small as it is itself.
 """
 
+import ast
 import concurrent.futures
 import glob
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 
-from harness import (NUTSHIM, ROOT, TESTS, PlainClient, Shim, TlsClient, clean_env, folder, free_port, run, run_shim,
+from harness import (ROOT, TESTS, PlainClient, Shim, TlsClient, clean_env, folder, free_port, run, run_shim,
                      upsc, write)
 
 OPENWRT_LACKS = """asyncio cgi cgitb ctypes curses dbm decimal distutils email ensurepip gdbm idlelib lib2to3
 logging lzma multiprocessing ncurses pip pkg_resources pydoc pydoc_data readline setuptools sqlite3 tkinter turtle
 unicodedata unittest urllib uuid venv webbrowser xml xmlrpc""".split()
 
-# Runs a script, or - or -c TEXT, as python3-light would: `python3 -S -E small.py SCRIPT ARGUMENT…`
-SMALL_PYTHON = """
+# Their compiled parts, by the names that these have in lib-dynload.
+OPENWRT_LACKS += ["_" + name for name in OPENWRT_LACKS] + ["_codecs_cn", "_codecs_hk", "_codecs_iso2022", "_codecs_jp",
+                                                           "_codecs_kr", "_codecs_tw", "_multibytecodec", "_tkinter"]
+
+# What of these is compiled into the interpreter itself is refused by the first module of the library that
+# every start reads, before any flag of the command line counts.
+REFUSE = """
 import sys
 
-LACKS = frozenset(%r)
 
-
-class NotThere:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top in LACKS or top.startswith("_codecs_"):
+class _NotThere:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in %r:
             raise ModuleNotFoundError("No module named %%r: it is not in python3-light" %% name, name=name)
 
 
-sys.meta_path.insert(0, NotThere())
-for name in list(sys.modules):
-    if name.partition(".")[0] in LACKS:
-        del sys.modules[name]
-del sys.argv[0]
-if sys.argv[0] == "-c":
-    code = sys.argv.pop(1)
-elif sys.argv[0] == "-":
-    code = sys.stdin.read()
-else:
-    with open(sys.argv[0], encoding="utf-8") as file:
-        code = file.read()
-exec(compile(code, sys.argv[0], "exec"), {"__name__": "__main__", "__file__": sys.argv[0]})
-""" % OPENWRT_LACKS
+sys.meta_path.insert(0, _NotThere)
+"""
+
+
+def make_small_python(top):
+    """A Python in the folder top that has what OpenWrt's has; the path of its program."""
+    base = os.path.realpath(sys.executable)
+    name = "python%d.%d" % sys.version_info[:2]
+    library, own = sysconfig.get_path("stdlib"), os.path.join(top, "lib", name)
+    os.makedirs(os.path.join(top, "bin"))
+    shutil.copy(base, os.path.join(top, "bin", name))
+
+    def link(folder, skip=()):
+        os.makedirs(os.path.join(own, folder))
+        for entry in os.listdir(os.path.join(library, folder)):
+            if entry.partition(".")[0] not in OPENWRT_LACKS and entry not in skip:
+                os.symlink(os.path.join(library, folder, entry), os.path.join(own, folder, entry))
+    link("", skip=("encodings", "lib-dynload", "site-packages", "dist-packages"))
+    link("lib-dynload")
+    link("encodings", skip=("__init__.py", "__pycache__"))
+    with open(os.path.join(library, "encodings", "__init__.py"), encoding="utf-8") as file:
+        write(os.path.join(own, "encodings", "__init__.py"),
+              file.read() + REFUSE % [each for each in sys.builtin_module_names if each in OPENWRT_LACKS])
+    return os.path.join(top, "bin", name)
 
 
 @pytest.fixture(scope="module")
 def small_python(tmp_path_factory):
-    """What to put between python3 and a script."""
-    return ["-S", "-E", write(str(tmp_path_factory.mktemp("small") / "small.py"), SMALL_PYTHON)]
-
-
-def small_shim(small_python, config, args=("-F",)):
-    """A Shim under the small Python."""
-    return Shim(config, script=small_python[0], args=small_python[1:] + [NUTSHIM] + list(args))
+    """The path of a Python that has what OpenWrt's has."""
+    return make_small_python(str(tmp_path_factory.mktemp("small")))
 
 
 def config_with_names(upsd_port, pki):
@@ -74,28 +86,40 @@ def config_with_names(upsd_port, pki):
     }
 
 
-@pytest.mark.parametrize("text, fault", [
-    ("import logging", "ModuleNotFoundError"), ("import concurrent.futures.thread", "ModuleNotFoundError"),
-    ("import http.client", "ModuleNotFoundError"), ("import unicodedata", "ModuleNotFoundError"),
-    ("import codecs; codecs.lookup('idna')", "LookupError"),
-    ("import socket; socket.getaddrinfo('localhost', 0)", "LookupError")])
-def test_small_python_is_small(small_python, tmp_path, text, fault):
-    """The small Python of these tests lacks what OpenWrt's lacks, the idna codec included."""
-    script = write(str(tmp_path / "script.py"), text + "\n")
-    done = run(sys.executable, *(small_python + [script]))
-    assert done.returncode == 1 and fault in done.stderr
+@pytest.mark.parametrize("flags", [[], ["-I", "-S", "-B"]], ids=["plain", "isolated"])
+def test_small_python_is_small(small_python, flags):
+    """The small Python of these tests lacks what OpenWrt's lacks, the idna codec included, whatever its flags.
+
+    What it starts is as small: the same program, and no other library in its path.
+    """
+    for text, fault in [("import logging", "ModuleNotFoundError"), ("import ctypes", "ModuleNotFoundError"),
+                        ("import concurrent.futures.thread", "ModuleNotFoundError"), ("import http.client", "ModuleNotFoundError"),
+                        ("import unicodedata", "ModuleNotFoundError"), ("import decimal", "ModuleNotFoundError"),
+                        ("import codecs; codecs.lookup('idna')", "LookupError"),
+                        ("import socket; socket.getaddrinfo('localhost', 0)", "LookupError")]:
+        done = run(small_python, *flags, "-c", text)
+        assert done.returncode == 1 and fault in done.stderr, (text, done.stderr)
+    done = run(small_python, *flags, "-c", "import os, sys, ssl, subprocess; print(sys.executable); print(os.__file__); print(sys.path)")
+    executable, module, path = done.stdout.splitlines()
+    home = os.path.dirname(os.path.dirname(small_python))
+    assert executable == small_python and module.startswith(home), done.stdout
+    assert all(part == "" or part.startswith(home) for part in ast.literal_eval(path)), path
 
 
 def test_session_on_openwrts_python(small_python, nut, pki):
-    """Both roles relay real sessions, by name, with python3-light and python3-openssl alone."""
-    with small_shim(small_python, config_with_names(nut.port, pki)) as shims:
+    """Both roles relay real sessions, by name, with python3-light and python3-openssl alone.
+
+    The process that relays runs on the small Python itself, whatever it has started itself as.
+    """
+    with Shim(config_with_names(nut.port, pki), python=small_python) as shims:
+        assert os.readlink("/proc/%d/exe" % shims.pid) == os.path.realpath(small_python)
         answer = upsc(shims.port("client"), host="localhost")
         assert answer.returncode == 0 and "ups.status: OL" in answer.stdout, answer.stderr
         with PlainClient(shims.port("client")) as client, TlsClient(shims.port("server"), ca=pki.ca.cert) as stranger:
             client.login()
             assert client.ask("SET TRACKING ON") == b"OK\n"
             assert stranger.ask("SET TRACKING ON") == b"ERR ACCESS-DENIED\n"
-        status = run(sys.executable, *(small_python + [NUTSHIM, "-c", "status", "--json", "-f", shims.config]))
+        status = run_shim("-c", "status", "--json", "-f", shims.config, python=small_python)
         assert status.returncode == 0 and '"client"' in status.stdout, status.stderr
 
 
@@ -103,8 +127,8 @@ def test_session_on_openwrts_python(small_python, nut, pki):
     (["-t"], "no fault found"), (["-p", "client"], "TLSv1.3"), (["-V"], "nutshim"), (["-h"], "handshake_timeout")])
 def test_commands_on_openwrts_python(small_python, nut, pki, args, words):
     """-t, -p, -V and -h work with python3-light and python3-openssl alone."""
-    with small_shim(small_python, config_with_names(nut.port, pki)) as shims:
-        done = run(sys.executable, *(small_python + [NUTSHIM] + args + ["-f", shims.config]))
+    with Shim(config_with_names(nut.port, pki), python=small_python) as shims:
+        done = run_shim(*args, "-f", shims.config, python=small_python)
         assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
 
 
@@ -112,21 +136,19 @@ def test_faults_on_openwrts_python(small_python, pki, tmp_path):
     """Where something fails the small Python gives the administrator's error too, and no traceback."""
     path = write(str(tmp_path / "nutshim.conf"),
                  "[a]\nrole = server\ncertificate = nosuch.pem\nlisten = x y\nnosuch = 1\n")
-    done = run(sys.executable, *(small_python + [NUTSHIM, "-t", "-f", path]))
+    done = run_shim("-t", "-f", path, python=small_python)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert all("%s:%d: " % (path, line) in done.stderr for line in (3, 4, 5))
-    config = config_with_names(free_port(), pki)
-    with small_shim(small_python, config) as shims, PlainClient(shims.port("client")) as client:
-        assert client.recv_until_close() == b""
+    with Shim(config_with_names(free_port(), pki), python=small_python) as shims:
+        with PlainClient(shims.port("client")) as client:
+            assert client.recv_until_close() == b""
 
 
-def test_quickstart_on_openwrts_python(small_python, nut, tmp_path):
+def test_quickstart_on_openwrts_python(small_python, nut):
     """packaging/quickstart, mkNUTcert.py in it, works with python3-light and python3-openssl alone."""
-    python = write(str(tmp_path / "python"), '#!/bin/sh\nexec %s %s "$@"\n' % (
-        sys.executable, " ".join(small_python)), 0o700)
     with folder("quick") as path:
         done = run(os.path.join(ROOT, "packaging", "quickstart"), "--once", timeout=50,
-                   env=clean_env(PYTHON=python, TMPDIR=path, QUICKSTART_PORT=str(nut.port)))
+                   env=clean_env(PYTHON=small_python, TMPDIR=path, QUICKSTART_PORT=str(nut.port)))
         assert done.returncode == 0 and 'ups.status "OL"' in done.stdout, done.stdout + done.stderr
         assert os.listdir(path) == []
 
