@@ -21,14 +21,7 @@ import pytest
 
 from conftest import missing
 from harness import (IS_ROOT, NUTSHIM, ROOT, Process, clean_env, folder, nut_program, poll, run, run_shim, write)
-
-PACKAGING = os.path.join(ROOT, "packaging")
-
-
-def read(*parts):
-    """A text file in packaging/."""
-    with open(os.path.join(PACKAGING, *parts), encoding="utf-8") as file:
-        return file.read()
+from test_packaging import PACKAGING, conf, daemon, life, localized, read         # noqa: F401 (fixtures are used by name)
 
 
 # ---- container ----------------------------------------------------------------------------------
@@ -302,3 +295,159 @@ def test_container_ends_at_once_with_what_is_wrong(engine):
     box, _ = engine.start("1", "client")                # without the file of trust
     assert box.wait(10) == 1
     assert re.search(r"/etc/nut/nutshim.conf:\d+: .*upsbox-client.cert.pem", box.log), box.log
+
+
+# ---- BSDs ---------------------------------------------------------------------------------------
+
+# What OpenBSD's rc.subr(8) does with the variables and functions that a script sets: the defaults that ours
+# replaces match processes by name, which would fail here as it would there.
+OPENBSD_RC_SUBR = r"""
+rc_start() { ${daemon} ${daemon_flags}; }
+rc_check() { return 1; }
+rc_reload() { return 1; }
+rc_stop() { return 1; }
+_rc_do() { "$@" >/dev/null 2>&1; }
+_rc_configtest() { ! type rc_configtest >/dev/null 2>&1 || _rc_do rc_configtest; }
+_rc_exit() { echo "$name($1)"; [ "$1" = ok ]; exit; }
+rc_cmd() {
+	case $1 in
+	check) _rc_do rc_check && _rc_exit ok; _rc_exit failed ;;
+	configtest) _rc_configtest && _rc_exit ok; _rc_exit failed ;;
+	start)
+		_rc_do rc_check && exit 0
+		_rc_configtest || _rc_exit failed
+		if type rc_pre >/dev/null 2>&1; then _rc_do rc_pre || _rc_exit failed; fi
+		_rc_do rc_start || _rc_exit failed
+		_rc_exit ok ;;
+	stop)
+		_rc_do rc_check || exit 0
+		_rc_do rc_stop || _rc_exit failed
+		left=30
+		while _rc_do rc_check; do
+			left=$((left - 1))
+			[ $left -gt 0 ] || _rc_exit failed
+			sleep 1
+		done
+		_rc_exit ok ;;
+	reload)
+		_rc_configtest && _rc_do rc_check && _rc_do rc_reload || _rc_exit failed
+		_rc_exit ok ;;
+	restart) _rc_configtest || _rc_exit failed; "$SHELL" "$0" stop && "$SHELL" "$0" start ;;
+	*) echo "usage: $0 check|configtest|reload|restart|start|stop" >&2; exit 1 ;;
+	esac
+}
+[ -n "$daemon" ] || exit 1
+name=${0##*/}
+[ -z "$TEST_FLAGS" ] || daemon_flags=$TEST_FLAGS
+"""
+
+# What NetBSD's rc.subr(8) does: unlike FreeBSD's it has no status of its own for a script without a command
+# variable, checks no required_files before a script's own start, and calls the script again for a restart.
+NETBSD_RC_SUBR = r"""
+load_rc_config() { nutshim=$TEST_ENABLE nutshim_config=$TEST_CONFIG nutshim_python=$TEST_PYTHON; }
+run_rc_command() {
+	eval "value=\$$rcvar"
+	case $value in
+	[Yy][Ee][Ss]) ;;
+	*) echo "\$$rcvar is not enabled - see rc.conf(5)." >&2; exit 1 ;;
+	esac
+	for word in start stop restart rcvar $extra_commands; do
+		[ "$word" = "$1" ] || continue
+		eval "command=\${${1}_cmd:-} precmd=\${${1}_precmd:-}"
+		if [ -n "$command" ]; then
+			eval "$precmd" || return 1
+			eval "$command" || return 1
+			return 0
+		fi
+		case $1 in
+		restart)
+			eval "$precmd" || return 1
+			( "$SHELL" "$0" stop )
+			"$SHELL" "$0" start ;;
+		esac
+		return
+	done
+	echo "$0: unknown directive '$1'." >&2
+	exit 1
+}
+"""
+
+
+def test_openbsd_script_runs_the_daemon(tmp_path, daemon, conf):
+    """The rc.d script starts once, reloads, restarts and stops on a stub of OpenBSD's rc.subr; a faulty file costs
+    it nothing. OpenBSD's ksh is not here: mksh is its nearest relative, or else any sh."""
+    shell = shutil.which("mksh") or "/bin/sh"
+    subr = write(str(tmp_path / "rc.subr"), OPENBSD_RC_SUBR)
+    script = localized(tmp_path, "nutshim", "openbsd", "nutshim", **{
+        "/etc/rc.d/rc.subr": subr, "/usr/local/sbin/nutshim.py": daemon})
+    names = {"check": "configtest", "status": "check"}
+
+    def service(verb):
+        return run(shell, script, names.get(verb, verb), env=clean_env(TEST_FLAGS="-f " + conf, SHELL=shell))
+    life(service, conf)
+    assert service("stop").returncode == 0
+
+
+def test_netbsd_script_runs_the_daemon(tmp_path, conf):
+    """The rc.d script does the same on a stub of NetBSD's rc.subr, and nothing at all unless it is enabled."""
+    subr = write(str(tmp_path / "rc.subr"), NETBSD_RC_SUBR)
+    script = localized(tmp_path, "nutshim", "netbsd", "nutshim", **{"/etc/rc.subr": subr, "/usr/pkg/sbin/nutshim.py": NUTSHIM})
+
+    def service(verb, enable="YES", python=sys.executable):
+        return run("sh", script, verb, env=clean_env(TEST_ENABLE=enable, TEST_CONFIG=conf, TEST_PYTHON=python, SHELL="/bin/sh"))
+    assert "not enabled" in service("start", enable="NO").stderr
+    assert service("status").returncode != 0
+    life(service, conf)
+    for keyword in "PROVIDE: nutshim", "REQUIRE: .*NETWORKING", "BEFORE: upsmon", "KEYWORD: shutdown":
+        assert re.search("(?m)^# " + keyword, read("netbsd", "nutshim")), keyword
+
+
+def test_netbsd_script_finds_the_newest_python(tmp_path, conf):
+    """Without nutshim_python it takes the newest python3.N of pkgsrc, by number and not by letter."""
+    subr = write(str(tmp_path / "rc.subr"), NETBSD_RC_SUBR)
+    os.mkdir(str(tmp_path / "bin"))
+    for name in "python3.9", "python3.12", "python3.12-config", "python3.10":
+        write(str(tmp_path / "bin" / name), '#!/bin/sh\necho "%s $*"\n' % name, 0o755)
+    script = localized(tmp_path, "nutshim", "netbsd", "nutshim", **{"/etc/rc.subr": subr, "/usr/pkg/bin/": "%s/bin/" % tmp_path})
+    done = run("sh", script, "status", env=clean_env(TEST_ENABLE="YES", TEST_CONFIG=conf, TEST_PYTHON=""))
+    assert done.stdout == "python3.12 /usr/pkg/sbin/nutshim.py -c status -f %s\n" % conf
+
+
+def test_openbsd_script_is_clean(need):
+    """OpenBSD's script passes shellcheck as a ksh script."""
+    need("shellcheck")
+    done = run("shellcheck", os.path.join(PACKAGING, "openbsd", "nutshim"))
+    assert done.returncode == 0, done.stdout
+
+
+# ---- macOS --------------------------------------------------------------------------------------
+
+# launchd.plist(5), as far as the file uses it: each key and its type.
+LAUNCHD = {"Label": str, "ProgramArguments": list, "RunAtLoad": bool, "KeepAlive": bool, "ThrottleInterval": int,
+           "ExitTimeOut": int, "ProcessType": str, "StandardErrorPath": str}
+
+
+def test_launchd_file_runs_the_daemon(tmp_path, conf):
+    """launchd's file has only keys of launchd.plist(5), of their types; its command line stays in the foreground, as
+    launchd demands, reloads by HUP and ends by TERM with 0 in less than ExitTimeOut."""
+    name = "local.nutshim.plist"
+    with open(os.path.join(PACKAGING, "launchd", name), "rb") as file:
+        job = plistlib.load(file)
+    assert {key: type(value) for key, value in job.items()} == LAUNCHD
+    assert name == job["Label"] + ".plist" and job["ProcessType"] in ("Background", "Standard", "Adaptive", "Interactive")
+    places = {"/opt/homebrew/bin/python3": sys.executable, "/usr/local/sbin/nutshim.py": NUTSHIM,
+              "/usr/local/etc/nut/nutshim.conf": conf}
+    text = read("launchd", "README")
+    for place in places:
+        assert place in job["ProgramArguments"] and os.path.dirname(place) in text
+    process = Process([places.get(word, word) for word in job["ProgramArguments"]])
+    try:
+        poll(lambda: run_shim("-c", "status", "-f", conf).returncode == 0, 5, lambda: "the daemon: " + process.log)
+        process.signal(signal.SIGHUP)
+        log = str(tmp_path / "log")
+        poll(lambda: "reloaded" in open(log, encoding="utf-8").read(), 5, "a reload")
+        assert process.alive
+        process.signal(signal.SIGTERM)
+        assert process.wait(job["ExitTimeOut"]) == 0
+    finally:
+        process.end()
