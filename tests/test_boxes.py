@@ -11,16 +11,16 @@ import contextlib
 import json
 import os
 import plistlib
+import pwd
 import re
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 
 from conftest import missing
-from harness import (IS_ROOT, NUTSHIM, ROOT, Process, clean_env, folder, nut_program, poll, run, run_shim, write)
+from harness import (IS_ROOT, NUTSHIM, ROOT, Process, clean_env, folder, free_port, nut_program, poll, run, run_shim, write)
 from test_packaging import PACKAGING, conf, daemon, life, localized, read         # noqa: F401 (fixtures are used by name)
 
 
@@ -295,6 +295,52 @@ def test_container_ends_at_once_with_what_is_wrong(engine):
     box, _ = engine.start("1", "client")                # without the file of trust
     assert box.wait(10) == 1
     assert re.search(r"/etc/nut/nutshim.conf:\d+: .*upsbox-client.cert.pem", box.log), box.log
+
+
+# ---- logrotate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root")
+def test_logrotate_in_a_folder_of_root(need, nut, pki, daemon, tmp_path):
+    """With packaging's file alone logrotate rotates a log in a folder of root's, time and again, under a nutshim that
+    runs as nut: no line is lost, each is in one file, and the new file has the old one's owner and mode."""
+    need("logrotate")
+    try:
+        account = pwd.getpwnam("nut")
+    except KeyError:
+        missing("a user nut")
+    with folder("log") as path:
+        os.chmod(path, 0o755)
+        log, conf_file = os.path.join(path, "nutshim.log"), os.path.join(path, "nutshim.conf")
+        certificate = shutil.copy(pki.server.file, path)
+        write(conf_file, "user = nut\nlog = %s\npidfile = %s/nutshim.pid\n[box]\nrole = server\nlisten = 127.0.0.1:%d\n"
+              "upstream = 127.0.0.1:%d\ncertificate = %s\n" % (log, path, free_port(), nut.port, certificate), 0o644)
+        for file in (certificate, conf_file):
+            os.chown(file, account.pw_uid, account.pw_gid)
+        rules = localized(tmp_path, "rules", "logrotate", "nutshim", **{
+            "/var/log/nutshim.log": log, "/var/log/nutshim/*.log": path + "/more/*.log",
+            "/usr/sbin/nutshim.py": daemon, "/etc/nut/nutshim.conf": conf_file})
+        os.chmod(rules, 0o644)                          # else logrotate does not take it
+        started = run(daemon, "-f", conf_file)
+        assert started.returncode == 0, started.stderr
+        try:
+            owner = os.stat(log)
+            assert (owner.st_uid, owner.st_gid) == (account.pw_uid, account.pw_gid)
+            for _ in range(3):
+                done = run("/usr/sbin/logrotate", "-f", "-s", os.path.join(path, "state"), rules)
+                assert (done.returncode, done.stderr) == (0, "")
+                new = os.stat(log)
+                assert (new.st_uid, new.st_gid, new.st_mode) == (owner.st_uid, owner.st_gid, owner.st_mode)
+                assert new.st_ino != owner.st_ino
+                owner = new
+                with open(log, encoding="utf-8") as file:
+                    assert file.read().count("reloaded %s" % conf_file) == 1
+        finally:
+            stopped = run(daemon, "-c", "stop", "-f", conf_file)
+        assert stopped.returncode == 0, stopped.stderr
+        with open(log, encoding="utf-8") as file:
+            text = file.read()
+        assert text.count("stopped") == 1 and text.count("reloaded") == 1 and "Traceback" not in text
 
 
 # ---- BSDs ---------------------------------------------------------------------------------------
