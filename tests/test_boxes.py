@@ -20,7 +20,7 @@ import sys
 import pytest
 
 from conftest import missing
-from harness import (IS_ROOT, NUTSHIM, ROOT, Process, clean_env, folder, free_port, nut_program, poll, run, run_shim, write)
+from harness import (IS_ROOT, NUTSHIM, ROOT, TESTS, Process, clean_env, folder, free_port, nut_program, poll, run, run_shim, write)
 from test_packaging import PACKAGING, conf, daemon, life, localized, read         # noqa: F401 (fixtures are used by name)
 
 
@@ -459,10 +459,11 @@ def test_netbsd_script_finds_the_newest_python(tmp_path, conf):
     assert done.stdout == "python3.12 /usr/pkg/sbin/nutshim.py -c status -f %s\n" % conf
 
 
-def test_openbsd_script_is_clean(need):
-    """OpenBSD's script passes shellcheck as a ksh script."""
+def test_scripts_outside_of_packagings_rules_are_clean(need):
+    """OpenBSD's script, of ksh, and the tests' own pass shellcheck."""
     need("shellcheck")
-    done = run("shellcheck", os.path.join(PACKAGING, "openbsd", "nutshim"))
+    done = run("shellcheck", os.path.join(PACKAGING, "openbsd", "nutshim"),
+               *(os.path.join(TESTS, name) for name in ("run", "pythons")))
     assert done.returncode == 0, done.stdout
 
 
@@ -497,3 +498,24 @@ def test_launchd_file_runs_the_daemon(tmp_path, conf):
         assert process.wait(job["ExitTimeOut"]) == 0
     finally:
         process.end()
+
+
+# ---- notes --------------------------------------------------------------------------------------
+
+
+def test_index_names_what_is_there():
+    """packaging/README has a line for each file and folder in packaging/, and for nothing else."""
+    text = read("README")
+    table = re.search(r"(?m)^FOR .*\n((?:.+\n)+)", text).group(1).splitlines()
+    named = [line[27:].split()[0] for line in table if line[0] != " "] + re.findall(r"(?m)^(test-\S+) ", text)
+    assert sorted(named + ["README", "build-deb"]) == sorted(os.listdir(PACKAGING))
+
+
+def test_openwrt_notes_can_be_pasted(need):
+    """What OpenWrt's notes offer for pasting, the lines that are indented by six, its shell can read."""
+    need("busybox")
+    lines = re.findall(r"(?m)^ {6}(\S.*)$", read("openwrt", "README"))
+    assert len(lines) > 15
+    for line in lines:
+        done = run("busybox", "ash", "-n", "-c", line)
+        assert (done.returncode, done.stderr) == (0, ""), line
