@@ -89,7 +89,7 @@ mknod -m 666 root/dev/null c 1 3
 mknod -m 666 root/dev/urandom c 1 9
 ln -s /proc/self/fd root/dev/fd
 for name in stdin stdout stderr; do ln -s fd/$((number)) root/dev/$name; number=$((number + 1)); done
-mount -o "remount,$3" root
+mount -o "remount,bind,$3" root # of the mount point, since an overlay itself takes no change
 shift 4
 exec chroot root "$@"
 """
