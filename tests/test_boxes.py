@@ -35,8 +35,8 @@ def instructions(text):
 
 def yaml(text):
     """The data of a compose file: mappings, lists of strings and strings, told apart by indentation."""
-    lines = [(len(line) - len(line.lstrip()), line.strip()) for line in text.splitlines()
-             if line.strip() and not line.strip().startswith("#")]
+    text = re.sub(r"(?m)(^|\s+)#.*", "", text)
+    lines = [(len(line) - len(line.lstrip()), line.strip()) for line in text.splitlines() if line.strip()]
 
     def block(indent):
         if lines[0][1].startswith("- "):
@@ -126,6 +126,7 @@ class Container(Process):
 
     def __init__(self, network, base, role, etc, command=None, mode="ro"):
         service = COMPOSE[role]["services"]["nutshim"]
+        assert service["image"] == "nutshim" and service["pull_policy"] == "never"     # never a stranger's of that name
         assert service["read_only"] == "true" and service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"] and service["volumes"] == ["./etc:/etc/nut:ro"]
         copied = said("COPY").split()
