@@ -130,6 +130,7 @@ class Container(Process):
         assert service["read_only"] == "true" and service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"] and service["volumes"] == ["./etc:/etc/nut:ro"]
         copied = said("COPY").split()
+        assert {"python3", "openssl", "ca-certificates"} < set(said("RUN").split())
         build = ["cp -p %s root%s" % (" ".join(os.path.join(ROOT, name) for name in copied[:-1]), copied[-1])]
         build += re.findall(r"chmod \d+ /\S+", said("RUN"))
         build = "\n".join(line.replace(" /", " root/", 1) if line.startswith("chmod") else line for line in build)
