@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What nutshim.py needs of Python: OpenWrt's python3-light and python3-openssl, from 3.7 on.
+"""What nutshim.py needs of Python and of the system: OpenWrt's python3-light and python3-openssl, from 3.7
+on, and nothing that only Linux has.
 
 The small Python is the one at hand, copied, beside a standard library that has nothing of what OpenWrt
 puts into other packages (lang/python/python3/files/python3-package-*.mk in its packages feed). Modules
 that need one of these are out with them, as they are there. It is an interpreter of its own: what it
-starts with its own path, isolated and without site, is as small as it is itself.
+starts with its own path, isolated and without site, is as small as it is itself. Other systems are
+simulated the same way, by changes to that library.
 """
 
 import ast
