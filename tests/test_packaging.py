@@ -529,7 +529,7 @@ def test_openwrt_sample_configuration_is_off_and_right(openwrt, pki):
     write(openwrt.uci, sample)
     assert ["procd_open_instance", "nutshim"] not in openwrt.run("start").calls
     write(openwrt.uci, sample.replace("option enabled '0'", "option enabled '1'")
-          .replace("/etc/nutshim/server.pem", pki.server.file).replace("/etc/nutshim/trust.pem", pki.ca.cert))
+          .replace("/etc/nutshim/upsbox.cert.pem", pki.server.file).replace("/etc/nutshim/upsbox-client.cert.pem", pki.ca.cert))
     done = openwrt.run("start")
     assert set(openwrt.written()) == {"", "upsd", "upsbox"}, done.stderr
 
