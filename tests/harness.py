@@ -530,12 +530,15 @@ class Shim(Process):
     def _wait_ready(self, ready):
         with open(self.config, encoding="utf-8") as file:
             text = file.read()
-        if ready is None:
-            sections = re.split(r"(?m)^\s*\[.*\]", text)[1:]
-            listens = [re.search(r"(?m)^\s*listen\s*=(.*)", section) for section in sections]
-            ready = sum(listen.group(1).count(",") + 1 if listen else 1 for listen in listens)
-        poll(lambda: not self.alive or len(self.listening) >= ready, 10,
-             lambda: "%d listening lines of nutshim:\n%s" % (ready, self.log))
+        wanted = {}
+        if ready is None:                           # a name may have two addresses, so each section counts for itself
+            parts = re.split(r"(?m)^\s*\[(.*)\]", text)
+            for section, options in zip(parts[1::2], parts[2::2]):
+                listens = re.search(r"(?m)^\s*listen\s*=(.*)", options)
+                wanted[section] = listens.group(1).count(",") + 1 if listens else 1
+        poll(lambda: not self.alive or len(self.listening) >= (ready or 0) and all(
+            len(self.ports(section)) >= count for section, count in wanted.items()), 10,
+             lambda: "%s listening lines of nutshim:\n%s" % (ready or wanted, self.log))
         assert self.alive, "nutshim ended with %s:\n%s" % (self.wait(), self.log)
 
     @property

@@ -23,7 +23,7 @@ def test_real_nut_answers_its_own_clients(own_nut):
     for name, value in VARIABLES.items():
         assert "%s: %s\n" % (name, value) in listed.stdout
     assert "battery.charge.low" in upsrw(own_nut.port).stdout
-    assert upscmd(own_nut.port, "load.off").stderr.endswith("OK\n")
+    assert "OK" in upscmd(own_nut.port, "load.off").stderr.splitlines()
     assert upsrw(own_nut.port, "-s", "ups.mfr=x", login=("admin", "wrong")).returncode != 0
     own_nut.set_status("OB")
     assert upsc(own_nut.port, "ups.status").stdout == "OB\n"
@@ -236,7 +236,8 @@ def test_standin_answers_as_real_upsd_does(nut):
         for port in (nut.port, upsd.port):
             with PlainClient(port) as client:
                 client.send(odd_bytes + conversation)
-                replies.append(client.recv_until_close().split(b"\n"))
+                said = client.recv_until_close().replace(b" PROTVER ", b" ")    # later ones name it in their HELP
+                replies.append(said.split(b"\n"))
     assert replies[1] == replies[0]
 
 

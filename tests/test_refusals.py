@@ -127,7 +127,7 @@ UPSTREAMS = {
     "bytes behind OK STARTTLS": (lambda _: says(b"OK STARTTLS\nOK\n"), "bytes behind OK STARTTLS.*injection"),
     "bytes behind a bare OK": (lambda _: says(b"OK\n\n"), "bytes behind OK STARTTLS.*injection"),
     "closes at once": (lambda _: closes, "closed before it answered STARTTLS"),
-    "closes after OK STARTTLS": (lambda _: says(b"OK STARTTLS\n", closes), "closed during the handshake"),
+    "closes after OK STARTTLS": (lambda _: says(b"OK STARTTLS\n", closes), "closed during the handshake|reset"),
     "an endless reply": (lambda _: says(b"O" * 5000), "no TLS there"),
 }
 
