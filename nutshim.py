@@ -872,11 +872,15 @@ raw: its bytes; head: how the reply begins, in small letters; empty: the reply i
 nothing else may be asked before that has come; item, tail: how a list's lines begin, its last line.
 """
 _question_line = re.compile(rb"[!$-<>-\[\]-~]+(?: +[!$-<>-\[\]-~]+)*\r?\n").fullmatch
-_FORMS = {b"GET": {b"VAR": 2, b"TYPE": 2, b"DESC": 2, b"CMDDESC": 2, b"UPSDESC": 1, b"NUMLOGINS": 1},
-          b"LIST": {b"UPS": 0, b"VAR": 1, b"RW": 1, b"CMD": 1, b"CLIENT": 1, b"ENUM": 2, b"RANGE": 2}}
+# The forms of questions, and how many words each has.
+_FORMS = {
+    b"GET VAR": 4, b"GET TYPE": 4, b"GET DESC": 4, b"GET CMDDESC": 4, b"GET UPSDESC": 3,
+    b"GET NUMLOGINS": 3, b"LIST UPS": 2, b"LIST VAR": 3, b"LIST RW": 3, b"LIST CMD": 3,
+    b"LIST CLIENT": 3, b"LIST ENUM": 4, b"LIST RANGE": 4,
+    b"VER": 1, b"NETVER": 1, b"PROTVER": 1, b"HELP": 1}
+# How a reply begins that names its question, and so is none to VER.
+_NAMING = {b"BEGIN", b"END"}.union(form.split()[1] for form in _FORMS if b" " in form)
 
-# How replies begin that name their question: never one to a question of any one line.
-_NAMING = {b"BEGIN", b"END"}.union(*_FORMS.values())
 
 @functools.lru_cache(256)
 def question(raw: bytes) -> Optional[Question]:
@@ -884,19 +888,15 @@ def question(raw: bytes) -> Optional[Question]:
     if len(raw) > MAX_QUESTION or not _question_line(raw):
         return None
     words = raw.split()
-    verb = words[0].upper()
-    if verb not in STATELESS:
+    form = b" ".join(words[:2]).upper()
+    if _FORMS.get(form) != len(words):
         return None
-    if verb not in _FORMS:
-        return Question(raw, b"", b"", b"") if len(words) == 1 else None
-    what = words[1].upper() if len(words) > 1 else b""
-    if _FORMS[verb].get(what) != len(words) - 2:
-        return None
+    verb, _, what = form.partition(b" ")
     item = b" ".join([what] + words[2:])            # upsd repeats the names as they were typed.
-    if verb == b"GET":
-        return Question(raw, item.lower() + b" ", b"", b"")
-    return Question(raw, b"begin list " + item.lower() + b"\n", item + b" ",
-                    b"END LIST " + item + b"\n")
+    if verb == b"LIST":
+        return Question(raw, b"begin list " + item.lower() + b"\n", item + b" ",
+                        b"END LIST " + item + b"\n")
+    return Question(raw, what and item.lower() + b" ", b"", b"")
 
 
 class Questions:
@@ -933,48 +933,46 @@ class Questions:
         answers, data, start, at = [], self._data + data, 0, self._held
         while at < len(data) and not self.fault:
             if not self.sent:
-                self._blame("a line that nobody asked for", data[at:])
-                break
+                return self._blame(answers, "a line that nobody asked for", data[at:])
             asker, asked = self.sent[0]
             end = data.find(b"\n", at, at + MAX_REPLY_LINE) + 1
             if not end:
-                if len(data) - at >= MAX_REPLY_LINE:
-                    self._blame("a line that was cut at 512 bytes in reply to", data[at:])
-                break
+                if len(data) - at < MAX_REPLY_LINE:
+                    break
+                return self._blame(answers, "a line cut at 512 bytes in reply to", data[at:])
             if self._in_list:
                 if data.startswith(asked.item, at):
                     at = end
                     continue
                 if not data.startswith(asked.tail, at):
-                    self._blame("an item of another list in reply to", data[at:])
-                    break
+                    return self._blame(answers, "an item of another list in reply to", data[at:])
                 self._in_list = False
             elif not data.startswith(b"ERR ", at):
                 # upsd repeats names as they were typed, but for its own (server.info).
                 if (data[at:at + len(asked.head)].lower() != asked.head
                         or not asked.head and data[at:end].split(b" ", 1)[0] in _NAMING):
-                    self._blame("another answer in reply to", data[at:])
-                    break
+                    return self._blame(answers, "another answer in reply to", data[at:])
                 if asked.tail:
                     self._in_list, at = True, end
                     continue
             if not asked.head and end < len(data):
-                self._blame("more than one line in reply to", data[end:])
-                break
+                return self._blame(answers, "more than one line in reply to", data[end:])
             self.sent.popleft()
             if asker is not None:
                 answers.append((asker, data[start:end], True))
             start, at, self.begun = end, end, False
-        if at - start > HIGH_WATER and not self.fault:  # Too long to be held until it is whole.
+        if at - start > HIGH_WATER:             # Too long to be held until it is whole.
             if self.sent[0][0] is not None:
                 answers.append((self.sent[0][0], data[start:at], False))
             start, self.begun = at, True
         self._data, self._held = data[start:], at - start
         return answers
 
-    def _blame(self, what, data):
+    def _blame(self, answers, what, data):
         asked = f" '{printable(self.sent[0][1].raw.strip())}'" if self.sent else ""
         self.fault = f"{what}{asked}: '{printable(data[:60])}'"
+        self._data, self._held = b"", 0
+        return answers
 
     def unanswered(self) -> list:
         """(asker, Question) of all that can be asked again elsewhere, in their order."""
