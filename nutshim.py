@@ -802,12 +802,12 @@ class Conversation:
             self.got += 1
             # More replies than commands: this upstream answers one command in two lines, or so.
             self.counted = self.counted and self.got <= self.sent
-            while self._due and (self._due[0][0] <= self.got or not self.counted):
+            while self._due and self._due[0][0] == self.got:
                 _, verb, text = self._due.pop(0)
                 if verb is None:
                     parts += (data[start:end], text)
                     start = end
-                elif self.counted and head.split() == [b"OK"]:
+                elif head.split() == [b"OK"]:
                     self.facts.append((verb, text))
         parts.append(data[start:])
         return b"".join(parts)

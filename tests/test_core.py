@@ -434,16 +434,26 @@ def test_more_replies_than_commands_end_the_count():
 
 
 def test_an_odd_command_ends_the_count():
-    """Where upsd's replies cannot be counted, nothing is a fact and local replies do not wait."""
+    """From an odd command on upsd's replies are not counted: nothing is a fact, and own replies do not wait."""
     for line in (b'GET VAR ups "a#"\n', b'GET VAR "a\nb"\n', b"VE\\\nR\n"):
         talk, up, _ = converse([line])
         assert up == line and not talk.counted and talk.busy
         assert talk.from_client(b"STARTTLS\nUSERNAME bob\n") == (b"USERNAME bob\n", ALREADY)
-        assert talk.from_upstream(b"ERR UNKNOWN-COMMAND\nOK\nOK\n").endswith(OK) and not talk.facts
+        assert talk.from_upstream(b"ERR UNKNOWN-COMMAND\nOK\n").endswith(OK) and not talk.facts
         assert talk.busy and not talk.counted
-        talk, _, back = converse([b"VER\nSTARTTLS\nLOGIN ups\n" + line])
-        assert back == b"" and talk.from_upstream(b"upsd\n") == b"upsd\n" + ALREADY
-        assert talk.from_upstream(OK) == OK and not talk.facts and not talk.waiting
+        talk, _, _ = converse([b"PASSWORD p\n" + line + b"LOGIN ups\n"])
+        assert talk.from_upstream(OK * 3) == OK * 3 and not talk.facts
+
+
+def test_what_came_before_an_odd_command_is_still_counted():
+    """Own replies and identities before an odd command keep their turn and their reply."""
+    for line in (b'GET VAR ups "a#"\n', b'GET VAR "a\nb"\n', b"VE\\\nR\n"):
+        for replies in ways(b"OK\n1.3\nERR ACCESS-DENIED\nOK\n"):
+            talk, _, back = converse([b"PASSWORD p\nNETVER\nSTARTTLS\nUSERNAME eve\nLOGIN ups\nSTARTTLS\n" + line])
+            assert back == b"" and talk.waiting == 4
+            got = b"".join(talk.from_upstream(piece) for piece in replies)
+            assert got == b"OK\n1.3\n" + ALREADY + DENIED + OK + ALREADY, replies
+            assert talk.facts == [(b"LOGIN", b"ups")] and not talk.waiting
 
 
 IDENTITIES = [          # commands, the reply to each, what is known afterwards
