@@ -605,10 +605,9 @@ def check_config(path: str, user=None, chroot=None) -> tuple:
 
 # --- Protocol core: bytes in, bytes and facts out ------------------------------------------------
 
-STATELESS = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP"))
 IDENTIFYING = frozenset((b"USERNAME", b"LOGIN", b"ATTACH"))
-_READ = STATELESS | {b"LOGOUT", b"DETACH"}
-_MONITOR = _READ | {b"USERNAME", b"PASSWORD", b"LOGIN", b"ATTACH"}
+_READ = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP", b"LOGOUT", b"DETACH"))
+_MONITOR = _READ | IDENTIFYING | {b"PASSWORD"}
 _PRIMARY = _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}
 KNOWN_VERBS = _PRIMARY | {b"STARTTLS", b"SET", b"INSTCMD"}
 CLASSES = {"read": _READ, "monitor": _MONITOR, "primary": _PRIMARY, "admin": None}
