@@ -627,6 +627,10 @@ _token = re.compile(rb"""
     | (?P<equals> = )
     | (?P<end> (?: \#[^\n]* )? \n )
     | [ \t\v\f\r]+ """, re.VERBOSE | re.DOTALL).match
+_words_beyond = re.compile(rb"""(?:
+    "(?: [^"\\] | \\. )*"
+    | (?: [^\s"\#=\\] | \\. ) (?: [^\s\#=\\] | \\. )* (?= [\s\#=] )
+    | [= \t\v\f\r]+ )*""", re.VERBOSE | re.DOTALL).match
 _read_alike = re.compile(rb"(?: [^\\\#\n] | \\[^\n] )*", re.VERBOSE).fullmatch
 _unescape = functools.partial(re.compile(rb"\\(.)", re.DOTALL).sub, rb"\1")
 _DROPPED = bytes(range(0x20)) + bytes(range(0x80, 0x100))
@@ -676,9 +680,13 @@ class Commands:
                 commands.append((self._check(data[start:at]), self._words, self._odd))
                 self._words, self._odd, start = [], False, at
             elif kind:
-                self._odd = self._odd or not _read_alike(token[kind])
-                if len(self._words) < MAX_WORDS:
-                    self._words.append(_unescape(token[kind]).translate(None, _DROPPED))
+                text = token[kind]
+                self._words.append(_unescape(text).translate(None, _DROPPED))
+                if len(self._words) >= MAX_WORDS:       # upsd drops what is beyond.
+                    beyond = _words_beyond(data, at)
+                    text, at = text + beyond[0], beyond.end()
+                    del self._words[MAX_WORDS:]
+                self._odd = self._odd or not _read_alike(text)
             token = _token(data, at)
         self.pending, self._at = self._check(data[start:]), at - start
         if self.pending.count(b"\n") > MAX_COMMAND_LINES:

@@ -160,17 +160,21 @@ ALPHABET = [b"VER", b"GET VAR ups ups.status", b"GET CMDDESC ups ", b"x", b"y", 
             b"\n", b"\n", b'"', b'"', b"\\", b"\\", b"#", b"=", b"\0", b"\x01", b"\x7f", b"\x80", b"\xff"]
 
 
-def odd_bytes(chance, size):
+WORDY = ALPHABET + [b"=" * 20, b" x" * 20, b"a\\ b=" * 12, b'"a b" ' * 12, b'"a\\#" ', b'"#" ', b'"\n" ']
+
+
+def odd_bytes(chance, size, alphabet=()):
     """Random bytes that are hard on a parser."""
-    return b"".join(chance.choice(ALPHABET) for _ in range(size))
+    return b"".join(chance.choice(alphabet or ALPHABET) for _ in range(size))
 
 
-def agree(chance, rounds, size):
+def agree(chance, rounds, size, alphabet=ALPHABET):
     """One stream of so many random pieces: the commands are the other parser's, however it is cut."""
     core, whole, model = Commands(), b"", Parser()
     for _ in range(rounds):
-        piece = odd_bytes(chance, chance.randint(1, size))
-        commands = core.feed(piece)
+        piece = odd_bytes(chance, chance.randint(1, size), alphabet)
+        commands, many = core.feed(piece), parse([whole + piece])[0]
+        assert [odd for _, _, odd in commands] == [odd for _, _, odd in many]
         whole += piece
         wanted = [[word.encode("ascii") for word in words] for words in model.feed(piece)]
         assert [words for _, words, _ in commands] == wanted, whole
@@ -178,7 +182,7 @@ def agree(chance, rounds, size):
             assert whole.startswith(raw) and parse([canonical(words)])[0][0][1] == words, raw
             whole = whole[len(raw):]
         assert core.pending == whole
-        if len(whole) > 200:                        # a quote that does not end: before it is refused
+        if len(whole) > 900:                        # a quote that does not end: before it is refused
             core, whole, model = Commands(), b"", Parser()
 
 
@@ -189,7 +193,8 @@ def test_commands_agree_with_a_second_parser():
     """
     chance = random.Random(1)
     for size in (1, 3, 12):
-        agree(chance, 6000, size)
+        agree(chance, 4000, size)
+        agree(chance, 1000, size, WORDY)
     for _ in range(1000):
         data = odd_bytes(chance, chance.randint(1, 60))
         assert parse(torn(data, chance, 8)) == parse([data]), data
@@ -202,6 +207,15 @@ def test_words_too_many_are_dropped():
             line = (word + b" ") * count + b"\n"
             for pieces in ([line], [line[:50], line[50:]], torn(line, random.Random(count))):
                 assert parse(pieces) == ([(line, [b"w"] * min(count, 32), False)], b""), (word, count)
+
+
+def test_words_too_many_are_still_told_as_odd():
+    """What versions of upsd read in different ways is told behind the 32nd word too, and nothing else is."""
+    for word, odd in ((b'"a#"', True), (b'"a\nb"', True), (b"a\\\nb", True), (b'"a\\#b"', False), (b"a\\#b", False), (b'"#', True)):
+        line = b"w=" * 40 + word + b" w" * 3 + (b'"\n' if word == b'"#' else b"\n")
+        for pieces in ways(line + b"VER\n"):
+            commands, pending = parse(pieces)
+            assert [(raw, odd) for raw, _, odd in commands] == [(line, odd), (b"VER\n", False)] and not pending, pieces
 
 
 def test_newlines_in_quotes_are_limited():
