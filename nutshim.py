@@ -134,7 +134,6 @@ RECORD = 512              # bytes of commands in a TLS record: upsd's own TLS fo
 MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512 characters, each escaped (NUT parseconf.h)
 MAX_COMMAND_LINES = 32    # newlines in a command's quotes; NUT's own clients send none
 MAX_WORDS = 32            # words of a command that are looked at; upsd drops what is beyond
-MAX_CLAIMS = 64           # USERNAME, LOGIN and ATTACH unanswered that the log follows
 MAX_QUESTION = 256        # bytes of a command that may go over a shared session
 MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
@@ -623,10 +622,9 @@ def check_config(path: str, user=None, chroot=None) -> tuple:
 
 # --- Protocol core: bytes in, bytes and facts out ------------------------------------------------
 
-STATELESS = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP"))
 IDENTIFYING = frozenset((b"USERNAME", b"LOGIN", b"ATTACH"))
-_READ = STATELESS | {b"LOGOUT", b"DETACH"}
-_MONITOR = _READ | {b"USERNAME", b"PASSWORD", b"LOGIN", b"ATTACH"}
+_READ = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP", b"LOGOUT", b"DETACH"))
+_MONITOR = _READ | IDENTIFYING | {b"PASSWORD"}
 _PRIMARY = _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}
 KNOWN_VERBS = _PRIMARY | {b"STARTTLS", b"SET", b"INSTCMD"}
 CLASSES = {"read": _READ, "monitor": _MONITOR, "primary": _PRIMARY, "admin": None}
@@ -646,14 +644,18 @@ _token = re.compile(rb"""
     | (?P<equals> = )
     | (?P<end> (?: \#[^\n]* )? \n )
     | [ \t\v\f\r]+ """, re.VERBOSE | re.DOTALL).match
+_words_beyond = re.compile(rb"""(?:
+    "(?: [^"\\] | \\. )*"
+    | (?: [^\s"\#=\\] | \\. ) (?: [^\s\#=\\] | \\. )* (?= [\s\#=] )
+    | [= \t\v\f\r]+ )*""", re.VERBOSE | re.DOTALL).match
+_read_alike = re.compile(rb"(?: [^\\\#\n] | \\[^\n] )*", re.VERBOSE).fullmatch
 _unescape = functools.partial(re.compile(rb"\\(.)", re.DOTALL).sub, rb"\1")
-_without_escapes = functools.partial(re.compile(rb"\\.", re.DOTALL).sub, b"")
 _DROPPED = bytes(range(0x20)) + bytes(range(0x80, 0x100))
 
 # Whole stateless commands with nothing odd in them: what nearly all traffic is.
 _stateless_lines = re.compile(
-    rb"(?:(?:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+",
-    re.I).fullmatch
+    rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
+    ).fullmatch
 
 
 class Commands:
@@ -662,11 +664,14 @@ class Commands:
     feed() returns (raw, words, odd) of each whole command.  odd marks what versions of upsd read
     in different ways: # or a newline in quotes, an escaped newline.
     """
-    __slots__ = ("limit", "pending")
+    __slots__ = ("limit", "pending", "_at", "_words", "_odd")
 
     def __init__(self, limit: int = MAX_COMMAND):
         self.limit = limit
-        self.pending = b""         # The bytes of a command that is not whole yet.
+        self.pending = b""      # The bytes of a command that is not whole yet,
+        self._at = 0            # how many of them are cut into words already,
+        self._words: list = []  # and what these are.
+        self._odd = False
 
     def _check(self, raw):
         if len(raw) > self.limit:
@@ -679,29 +684,36 @@ class Commands:
         if not whole:                   # A slow writer's bytes are not looked at again and again.
             self.pending = self._check(data)
             return []
-        if not _odd(data):
+        if not self._at and not _odd(data):
             lines = data.split(b"\n")
             self.pending = self._check(lines.pop())
             return [(self._check(line + b"\n"), line.split(None, MAX_WORDS)[:MAX_WORDS], False)
                     for line in lines]
-        commands, words, odd, start = [], [], False, 0
-        token = _token(data)
+        commands, start, at = [], 0, self._at
+        token = _token(data, at)
         while token:
-            kind, end = token.lastgroup, token.end()
+            kind, at = token.lastgroup, token.end()
             if kind == "end":
-                commands.append((self._check(data[start:end]), words, odd))
-                words, odd, start = [], False, end
+                commands.append((self._check(data[start:at]), self._words, self._odd))
+                self._words, self._odd, start = [], False, at
             elif kind:
                 text = token[kind]
-                odd = odd or b"\n" in text or b"#" in _without_escapes(text)
-                if len(words) < MAX_WORDS:
-                    words.append(_unescape(text).translate(None, _DROPPED))
-            token = _token(data, end)
-        self.pending = self._check(data[start:])
+                self._words.append(_unescape(text).translate(None, _DROPPED))
+                if len(self._words) >= MAX_WORDS:       # upsd drops what is beyond.
+                    beyond = _words_beyond(data, at)
+                    text, at = text + beyond[0], beyond.end()
+                    del self._words[MAX_WORDS:]
+                self._odd = self._odd or not _read_alike(text)
+            token = _token(data, at)
+        self.pending, self._at = self._check(data[start:]), at - start
         if self.pending.count(b"\n") > MAX_COMMAND_LINES:
             raise ProtocolError(Reason.BAD_LINE,
                                 f"a command of more than {MAX_COMMAND_LINES} lines")
         return commands
+
+
+# The lines of a list that upsd has not cut.
+_items = re.compile(rb"(?:(?!END LIST)[^\n]{0,%d}\n)*" % (MAX_REPLY_LINE - 1)).match
 
 
 class Replies:
@@ -721,6 +733,8 @@ class Replies:
         """(where it ends in data, the start of its last line) of each reply that ends there."""
         replies, start, size = [], 0, len(data)
         while start < size:
+            if self._list and not self._length:
+                start = _items(data, start).end()
             most = start + MAX_REPLY_LINE - self._length
             end = data.find(b"\n", start, most) + 1
             head = (self._head + data[start:min(end or size, start + 10)])[:10]
@@ -744,14 +758,15 @@ class Conversation:
     starttls: the reply to STARTTLS; allowed: the verbs of the access class, None for all; trace:
     note every command in seen.
     """
-    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "_local", "_claims",
+    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "_due",
                  "counted", "sent", "got", "seen", "facts", "refused")
 
     def __init__(self, starttls: bytes, allowed: Optional[frozenset] = None, trace: bool = False):
         self._starttls, self._allowed, self._trace = starttls, allowed, trace
         self._commands, self._replies = Commands(), Replies()
-        self._local: Deque = ()     # (commands sent before it, reply): a deque once one waits.
-        self._claims: Deque = ()    # (commands sent with it, verb, name), likewise.
+        # What waits for upsd's reply of that number: (number, None, own reply behind it), or
+        # (number, verb, name) of an identity to be confirmed by it.
+        self._due: list = []
         self.counted = True     # False once the number of upsd's replies cannot be known.
         self.sent = 0           # Commands passed to upsd.
         self.got = 0            # Replies that have ended.
@@ -766,8 +781,8 @@ class Conversation:
 
     @property
     def waiting(self) -> int:
-        """Own replies that wait for their turn."""
-        return len(self._local)
+        """How much is kept for replies to come; whoever reads the client bounds it."""
+        return len(self._due)
 
     def from_client(self, data: bytes) -> tuple:
         """Bytes from the client -> (bytes for upsd, bytes for the client now)."""
@@ -789,46 +804,37 @@ class Conversation:
                 self.counted = self.counted and not odd
                 self.sent += 1
                 up.append(raw)
-                if verb in IDENTIFYING and len(words) == 2:
-                    self._claims = self._claims or collections.deque()
-                    if len(self._claims) < MAX_CLAIMS:
-                        self._claims.append((self.sent, verb, words[1]))
+                if self.counted and verb in IDENTIFYING and len(words) == 2:
+                    self._due.append((self.sent, verb, words[1]))
         return b"".join(up), b"".join(back)
 
     def _answer(self, reply, back):
         if self.counted and self.sent > self.got:
-            self._local = self._local or collections.deque()
-            self._local.append((self.sent, reply))
+            self._due.append((self.sent, None, reply))
         else:
             back.append(reply)
 
     def from_upstream(self, data: bytes) -> bytes:
         """Bytes from upsd -> bytes for the client."""
-        replies = self._replies
-        if (replies.whole and not self._local and not self._claims
-                and len(data) <= MAX_REPLY_LINE and data.endswith(b"\n")
-                and b"BEGIN LIST" not in data):
+        if (self._replies.whole and not self._due and len(data) <= MAX_REPLY_LINE
+                and data.endswith(b"\n") and b"BEGIN LIST" not in data):
             self.got += data.count(b"\n")
-            self._hold_against()
+            self.counted = self.counted and self.got <= self.sent
             return data
         parts, start = [], 0
-        for end, head in replies.feed(data):
+        for end, head in self._replies.feed(data):
             self.got += 1
-            while self._claims and self._claims[0][0] <= self.got:
-                number, verb, name = self._claims.popleft()
-                if self.counted and number == self.got and head.split() == [b"OK"]:
-                    self.facts.append((verb, name))
-            self._hold_against()
-            while self._local and (self._local[0][0] <= self.got or not self.counted):
-                parts += (data[start:end], self._local.popleft()[1])
-                start = end
+            # More replies than commands: this upstream answers one command in two lines, or so.
+            self.counted = self.counted and self.got <= self.sent
+            while self._due and self._due[0][0] == self.got:
+                _, verb, text = self._due.pop(0)
+                if verb is None:
+                    parts += (data[start:end], text)
+                    start = end
+                elif head.split() == [b"OK"]:
+                    self.facts.append((verb, text))
         parts.append(data[start:])
         return b"".join(parts)
-
-    def _hold_against(self):
-        """More replies than commands: this upstream answers one command in two lines, or so."""
-        if self.got > self.sent:
-            self.counted = False
 
 
 class Greeting:
@@ -845,25 +851,25 @@ class Greeting:
         if self._first and data[:1] == b"\x16":
             raise ProtocolError(Reason.TLS_FIRST)
         self._first = False
-        if b"\0" in data:
-            raise ProtocolError(Reason.BAD_LINE, "a NUL byte")
-        data_all = self._commands.pending + data
-        reply, consumed = b"", 0
-        for raw, words, _odd_line in self._commands.feed(data):
-            consumed += len(raw)
-            verb = words[0].upper() if words else b""
-            if verb == b"STARTTLS":
-                if consumed < len(data_all):
-                    raise ProtocolError(Reason.INJECTION)
-                return reply + OK_STARTTLS, "tls", b""
-            if plaintext:
-                return reply, "plain", data_all
-            if verb in (b"LOGOUT", b"DETACH"):
-                return reply + OK_GOODBYE, "goodbye", b""
-            reply += TLS_NOT_ENABLED
-            self.refused += 1
-            if self.refused >= MAX_GREETING_LINES:
-                return reply, "refused", b""
+        held, reply, at = self._commands.pending + data, b"", 0
+        for piece in data.splitlines(True):         # What is behind STARTTLS is never parsed.
+            at += len(piece)
+            if b"\0" in piece:
+                raise ProtocolError(Reason.BAD_LINE, "a NUL byte")
+            for _, words, _ in self._commands.feed(piece):
+                verb = words[0].upper() if words else b""
+                if verb == b"STARTTLS":
+                    if at < len(data):
+                        raise ProtocolError(Reason.INJECTION)
+                    return reply + OK_STARTTLS, "tls", b""
+                if plaintext:
+                    return reply, "plain", held
+                if verb in (b"LOGOUT", b"DETACH"):
+                    return reply + OK_GOODBYE, "goodbye", b""
+                reply += TLS_NOT_ENABLED
+                self.refused += 1
+                if self.refused >= MAX_GREETING_LINES:
+                    return reply, "refused", b""
         return reply, None, b""
 
 
@@ -883,15 +889,21 @@ def starttls_reply(data: bytes) -> bool:
 
 # The shared upstream session: many clients' questions, and each reply to the one who asked.
 
-Question = collections.namedtuple("Question", "raw head item tail alone")
+Question = collections.namedtuple("Question", "raw head item tail")
 Question.__doc__ = """A command whose reply can be told from every other's.
 
-raw: its bytes; head: how the reply begins; item and tail: how a list's lines begin, and its last
-line; alone: its reply is any one line, so nothing else may be asked before that has come.
+raw: its bytes; head: how the reply begins, in small letters; empty: the reply is any one line, so
+nothing else may be asked before that has come; item, tail: how a list's lines begin, its last line.
 """
 _question_line = re.compile(rb"[!$-<>-\[\]-~]+(?: +[!$-<>-\[\]-~]+)*\r?\n").fullmatch
-_FORMS = {b"GET": {b"VAR": 2, b"TYPE": 2, b"DESC": 2, b"CMDDESC": 2, b"UPSDESC": 1, b"NUMLOGINS": 1},
-          b"LIST": {b"UPS": 0, b"VAR": 1, b"RW": 1, b"CMD": 1, b"CLIENT": 1, b"ENUM": 2, b"RANGE": 2}}
+# The forms of questions, and how many words each has.
+_FORMS = {
+    b"GET VAR": 4, b"GET TYPE": 4, b"GET DESC": 4, b"GET CMDDESC": 4, b"GET UPSDESC": 3,
+    b"GET NUMLOGINS": 3, b"LIST UPS": 2, b"LIST VAR": 3, b"LIST RW": 3, b"LIST CMD": 3,
+    b"LIST CLIENT": 3, b"LIST ENUM": 4, b"LIST RANGE": 4,
+    b"VER": 1, b"NETVER": 1, b"PROTVER": 1, b"HELP": 1}
+# How a reply begins that names its question, and so is none to VER.
+_NAMING = {b"BEGIN", b"END"}.union(form.split()[1] for form in _FORMS if b" " in form)
 
 
 @functools.lru_cache(256)
@@ -900,18 +912,15 @@ def question(raw: bytes) -> Optional[Question]:
     if len(raw) > MAX_QUESTION or not _question_line(raw):
         return None
     words = raw.split()
-    verb = words[0].upper()
-    if verb not in STATELESS:
+    form = b" ".join(words[:2]).upper()
+    if _FORMS.get(form) != len(words):
         return None
-    if verb not in _FORMS:
-        return Question(raw, b"", b"", b"", True) if len(words) == 1 else None
-    what = words[1].upper() if len(words) > 1 else b""
-    if _FORMS[verb].get(what) != len(words) - 2:
-        return None
+    verb, _, what = form.partition(b" ")
     item = b" ".join([what] + words[2:])            # upsd repeats the names as they were typed.
-    if verb == b"GET":
-        return Question(raw, item + b" ", b"", b"", False)
-    return Question(raw, b"BEGIN LIST " + item + b"\n", item + b" ", b"END LIST " + item + b"\n", False)
+    if verb == b"LIST":
+        return Question(raw, b"begin list " + item.lower() + b"\n", item + b" ",
+                        b"END LIST " + item + b"\n")
+    return Question(raw, what and item.lower() + b" ", b"", b"")
 
 
 class Questions:
@@ -919,16 +928,16 @@ class Questions:
 
     Askers are opaque.  An asker that has left is None: its reply is dropped.
     """
-    __slots__ = ("waiting", "sent", "fault", "_data", "_seen", "_in_list", "begun")
+    __slots__ = ("waiting", "sent", "fault", "begun", "_data", "_held", "_in_list")
 
     def __init__(self, waiting=()):
         self.waiting: Deque = collections.deque(waiting)    # (asker, Question), not sent yet
         self.sent: Deque = collections.deque()              # The same, sent and not answered.
         self.fault = ""         # Why this session is not to be trusted any more.
-        self._data = b""        # The bytes of a reply that is not whole yet.
-        self._seen = 0          # How many of them have been held against the question.
-        self._in_list = False
-        self.begun = False      # Some of that reply has been handed out already.
+        self.begun = False      # The first reply due has been handed out in part.
+        self._data = b""        # Its other bytes,
+        self._held = 0          # how many of them, whole lines, are held against the question,
+        self._in_list = False   # and whether these are a list's.
 
     def ask(self, asker, asked: Question):
         self.waiting.append((asker, asked))
@@ -937,8 +946,7 @@ class Questions:
         """The commands that may be sent now."""
         commands = []
         while self.waiting:
-            alone = self.waiting[0][1].alone or bool(self.sent) and self.sent[-1][1].alone
-            if alone and self.sent:
+            if self.sent and not (self.waiting[0][1].head and self.sent[-1][1].head):
                 break
             self.sent.append(self.waiting.popleft())
             commands.append(self.sent[-1][1].raw)
@@ -946,62 +954,49 @@ class Questions:
 
     def feed(self, data: bytes) -> list:
         """(asker, bytes, whole) for each reply, or part of a long one; may set fault."""
-        answers, at = [], 0
-        self._data += data
-        while at < len(self._data) and not self.fault:
+        answers, data, start, at = [], self._data + data, 0, self._held
+        while at < len(data) and not self.fault:
             if not self.sent:
-                self._blame("a line that nobody asked for", at)
-                break
+                return self._blame(answers, "a line that nobody asked for", data[at:])
             asker, asked = self.sent[0]
-            end = self._reply_end(asked, at)
-            if not end or self.fault:
-                break
-            if asked.alone and end < len(self._data):
-                self._blame("more than one line in reply to", at)
-                break
-            self.sent.popleft()
-            if asker is not None:
-                answers.append((asker, self._data[at:end], True))
-            at, self.begun = end, False
-        if at:
-            self._data, self._seen = self._data[at:], max(0, self._seen - at)
-        if self._seen > HIGH_WATER and not self.fault:                 # Too long to be held until it is whole.
-            if self.sent[0][0] is not None:
-                answers.append((self.sent[0][0], self._data[:self._seen], False))
-            self._data, self._seen, self.begun = self._data[self._seen:], 0, True
-        return answers
-
-    def _reply_end(self, asked, at):
-        """Where the reply that begins there ends; 0 when it is not whole."""
-        data, at = self._data, max(at, self._seen)
-        while True:
             end = data.find(b"\n", at, at + MAX_REPLY_LINE) + 1
             if not end:
-                if len(data) - at >= MAX_REPLY_LINE:
-                    self._blame("a line that was cut at 512 bytes in reply to", at)
-                self._seen = at
-                return 0
+                if len(data) - at < MAX_REPLY_LINE:
+                    break
+                return self._blame(answers, "a line cut at 512 bytes in reply to", data[at:])
             if self._in_list:
-                if data.startswith(asked.tail, at):
-                    self._in_list = False
-                    return end
-                if not data.startswith(asked.item, at):
-                    self._blame("an item of another list in reply to", at)
-                    return 0
-            elif data.startswith(b"ERR ", at):
-                return end
-            elif not _starts(data, at, asked.head):
-                self._blame("another answer in reply to", at)
-                return 0
-            elif not asked.tail:
-                return end
-            else:
-                self._in_list = True
-            at = end
+                if data.startswith(asked.item, at):
+                    at = end
+                    continue
+                if not data.startswith(asked.tail, at):
+                    return self._blame(answers, "an item of another list in reply to", data[at:])
+                self._in_list = False
+            elif not data.startswith(b"ERR ", at):
+                # upsd repeats names as they were typed, but for its own (server.info).
+                if (data[at:at + len(asked.head)].lower() != asked.head
+                        or not asked.head and data[at:end].split(b" ", 1)[0] in _NAMING):
+                    return self._blame(answers, "another answer in reply to", data[at:])
+                if asked.tail:
+                    self._in_list, at = True, end
+                    continue
+            if not asked.head and end < len(data):
+                return self._blame(answers, "more than one line in reply to", data[end:])
+            self.sent.popleft()
+            if asker is not None:
+                answers.append((asker, data[start:end], True))
+            start, at, self.begun = end, end, False
+        if at - start > HIGH_WATER:             # Too long to be held until it is whole.
+            if self.sent[0][0] is not None:
+                answers.append((self.sent[0][0], data[start:at], False))
+            start, self.begun = at, True
+        self._data, self._held = data[start:], at - start
+        return answers
 
-    def _blame(self, what, at):
+    def _blame(self, answers, what, data):
         asked = f" '{printable(self.sent[0][1].raw.strip())}'" if self.sent else ""
-        self.fault = f"{what}{asked}: '{printable(self._data[at:at + 60])}'"
+        self.fault = f"{what}{asked}: '{printable(data[:60])}'"
+        self._data, self._held = b"", 0
+        return answers
 
     def unanswered(self) -> list:
         """(asker, Question) of all that can be asked again elsewhere, in their order."""
@@ -1013,11 +1008,6 @@ class Questions:
         self.waiting = collections.deque(each for each in self.waiting if each[0] is not asker)
         self.sent = collections.deque((None if who is asker else who, asked)
                                       for who, asked in self.sent)
-
-
-def _starts(data, at, head):
-    """upsd repeats names as they were typed, but for those that it knows itself (server.info)."""
-    return data.startswith(head, at) or data[at:at + len(head)].lower() == head.lower()
 
 
 def printable(data: Union[bytes, str]) -> str:
