@@ -656,6 +656,7 @@ _DROPPED = bytes(range(0x20)) + bytes(range(0x80, 0x100))
 _stateless_lines = re.compile(
     rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
     ).fullmatch
+_known_lines = functools.lru_cache(256)(_stateless_lines)       # Clients repeat themselves.
 
 
 class Commands:
@@ -758,7 +759,7 @@ class Conversation:
     starttls: the reply to STARTTLS; allowed: the verbs of the access class, None for all; trace:
     note every command in seen.
     """
-    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "_due",
+    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "due",
                  "counted", "sent", "got", "seen", "facts", "refused")
 
     def __init__(self, starttls: bytes, allowed: Optional[frozenset] = None, trace: bool = False):
@@ -766,7 +767,7 @@ class Conversation:
         self._commands, self._replies = Commands(), Replies()
         # What waits for upsd's reply of that number: (number, None, own reply behind it), or
         # (number, verb, name) of an identity to be confirmed by it.
-        self._due: list = []
+        self.due: list = []     # What waits for replies to come; whoever reads the client bounds it.
         self.counted = True     # False once the number of upsd's replies cannot be known.
         self.sent = 0           # Commands passed to upsd.
         self.got = 0            # Replies that have ended.
@@ -779,14 +780,10 @@ class Conversation:
         """Replies may still come."""
         return self.sent > self.got or not self.counted
 
-    @property
-    def waiting(self) -> int:
-        """How much is kept for replies to come; whoever reads the client bounds it."""
-        return len(self._due)
-
     def from_client(self, data: bytes) -> tuple:
         """Bytes from the client -> (bytes for upsd, bytes for the client now)."""
-        if not self._commands.pending and not self._trace and _stateless_lines(data):
+        if not self._commands.pending and not self._trace and (
+                _known_lines(data) if len(data) < 128 else _stateless_lines(data)):
             self.sent += data.count(b"\n")
             return data, b""
         up: list = []
@@ -805,18 +802,18 @@ class Conversation:
                 self.sent += 1
                 up.append(raw)
                 if self.counted and verb in IDENTIFYING and len(words) == 2:
-                    self._due.append((self.sent, verb, words[1]))
+                    self.due.append((self.sent, verb, words[1]))
         return b"".join(up), b"".join(back)
 
     def _answer(self, reply, back):
         if self.counted and self.sent > self.got:
-            self._due.append((self.sent, None, reply))
+            self.due.append((self.sent, None, reply))
         else:
             back.append(reply)
 
     def from_upstream(self, data: bytes) -> bytes:
         """Bytes from upsd -> bytes for the client."""
-        if (self._replies.whole and not self._due and len(data) <= MAX_REPLY_LINE
+        if (self._replies.whole and not self.due and len(data) <= MAX_REPLY_LINE
                 and data.endswith(b"\n") and b"BEGIN LIST" not in data):
             self.got += data.count(b"\n")
             self.counted = self.counted and self.got <= self.sent
@@ -826,8 +823,8 @@ class Conversation:
             self.got += 1
             # More replies than commands: this upstream answers one command in two lines, or so.
             self.counted = self.counted and self.got <= self.sent
-            while self._due and self._due[0][0] == self.got:
-                _, verb, text = self._due.pop(0)
+            while self.due and self.due[0][0] == self.got:
+                _, verb, text = self.due.pop(0)
                 if verb is None:
                     parts += (data[start:end], text)
                     start = end
@@ -2122,7 +2119,8 @@ class Connection:
     def want(self, mask: int) -> None:
         """Which events are asked for; bytes that wait to be sent are seen to anyway."""
         self._wanted = mask
-        self._register()
+        if self.out or mask != self.mask:
+            self._register()
         if self.more and mask & READ:
             self.loop.again.append(self)
 
@@ -2329,7 +2327,8 @@ class TlsConnection(Connection):
             self.ended = True
             if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
                 self.fault = tls_error(error)
-        self._excess = max(0, self._excess - OVERHEAD * len(data))
+        excess = self._excess - OVERHEAD * len(data)
+        self._excess = excess if excess > 0 else 0
         return data
 
     def send(self, data: bytes) -> None:
@@ -2347,7 +2346,7 @@ class TlsConnection(Connection):
         except OSError:
             self.want(self._wanted | READ)      # What is wrong shows when it is read.
             return
-        super().send(made)
+        Connection.send(self, made)
 
     def discard(self) -> bool:
         """Our close_notify is out, so TLS reads no more."""
@@ -2711,7 +2710,7 @@ class Session:
             self.upstream.send(up)
         if back:
             client.send(back)
-        if self.backlog or client.out or self.upstream.out or talk.waiting or self.stopping:
+        if self.backlog or client.out or self.upstream.out or talk.due or self.stopping:
             self._settle()
 
     def _replies(self):
@@ -2723,7 +2722,7 @@ class Session:
         talk, client = self.talk, self.client
         self.last = self.loop.now
         self.bytes_out += len(data)
-        waiting = talk.waiting
+        waiting = talk.due
         client.send(talk.from_upstream(data))
         if talk.facts:
             self._identify(talk.facts)
@@ -2740,7 +2739,7 @@ class Session:
         wait = full or self.stopping or self.state == DRAIN
         source = upstream or self.link and self.link.conn
         if talk:
-            wait = wait or bool(upstream.out) or talk.waiting > MAX_LOCAL_REPLIES
+            wait = wait or bool(upstream.out) or len(talk.due) > MAX_LOCAL_REPLIES
         if source:
             source.want(0 if full else READ)
         # A line that is not whole yet is no question yet.
@@ -2777,11 +2776,10 @@ class Session:
 
     def _ask(self, data):
         """Questions, up to what is none; that waits until they are answered."""
-        shim, at = self.shim.latest(), 0
-        if not self.asked:
-            self.shim = shim
-        shared = self.shim.shared
-        share = shim is self.shim and not self.alone and shared.open()
+        if self.shim.heir and not self.asked:           # The configuration was read again.
+            self.shim = self.shim.latest()
+        shared, at = self.shim.shared, 0
+        share = not (self.alone or self.shim.heir) and shared.open()
         end = data.find(b"\n") + 1
         while end and share and self.asked < MAX_LOCAL_REPLIES:
             asked = question(data[at:end])
@@ -2870,10 +2868,10 @@ class Session:
         replies are lost, and NUT's own programs die of SIGPIPE without a word.
         """
         client = self.client
+        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
+            return self.close(reason, detail)
         self._report(reason, detail)
         self._let_go()
-        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
-            return self.close(reason)
         client.end()
         self._enter(ENDING, DRAIN_LIMIT)
         client.want(READ)
@@ -3242,7 +3240,7 @@ class Shared:
         self.asked += 1
         if self.links:
             for link in self.links:
-                link.questions.ask(asker, asked)
+                link.questions.waiting.append((asker, asked))
             if not self._flushing:
                 self._flushing = True
                 self.loop.soon.append(self._flush)

@@ -372,9 +372,9 @@ def test_own_replies_come_in_their_turn():
     for pieces in ways(commands):
         talk, up, back = converse(pieces)
         assert (up, back) == (b"VER\nLIST VAR ups\nNETVER\n", b"")
-        assert talk.sent == 3 and talk.busy and talk.waiting == 3
+        assert talk.sent == 3 and talk.busy and len(talk.due) == 3
         assert talk.from_upstream(replies) == wanted
-        assert talk.got == 3 and not talk.busy and not talk.waiting and talk.counted
+        assert talk.got == 3 and not talk.busy and not talk.due and talk.counted
     for pieces in ways(replies):
         talk, _, _ = converse([commands])
         assert b"".join(talk.from_upstream(piece) for piece in pieces) == wanted, pieces
@@ -437,7 +437,7 @@ def test_more_replies_than_commands_end_the_count():
         assert talk.from_client(b"GET VAR ups a\nSTARTTLS\nUSERNAME bob\n") == (b"GET VAR ups a\nUSERNAME bob\n", ALREADY)
         assert talk.from_upstream(b"VAR ups a") == b"VAR ups a" and talk.from_client(b"STARTTLS\n") == (b"", ALREADY)
         assert talk.from_upstream(b' "1"\nOK\n') == b' "1"\nOK\n' and talk.from_upstream(OK) == OK
-        assert not talk.counted and not talk.facts and not talk.waiting
+        assert not talk.counted and not talk.facts and not talk.due
     talk = Conversation(ALREADY)
     talk.from_upstream(OK)
     assert not talk.counted, "a reply that nobody asked for"
@@ -464,10 +464,10 @@ def test_what_came_before_an_odd_command_is_still_counted():
     for line in (b'GET VAR ups "a#"\n', b'GET VAR "a\nb"\n', b"VE\\\nR\n"):
         for replies in ways(b"OK\n1.3\nERR ACCESS-DENIED\nOK\n"):
             talk, _, back = converse([b"PASSWORD p\nNETVER\nSTARTTLS\nUSERNAME eve\nLOGIN ups\nSTARTTLS\n" + line])
-            assert back == b"" and talk.waiting == 4
+            assert back == b"" and len(talk.due) == 4
             got = b"".join(talk.from_upstream(piece) for piece in replies)
             assert got == b"OK\n1.3\n" + ALREADY + DENIED + OK + ALREADY, replies
-            assert talk.facts == [(b"LOGIN", b"ups")] and not talk.waiting
+            assert talk.facts == [(b"LOGIN", b"ups")] and not talk.due
 
 
 IDENTITIES = [          # commands, the reply to each, what is known afterwards
@@ -496,7 +496,7 @@ def test_only_what_upsd_said_ok_to_is_a_fact():
             assert not talk.facts and up == commands.replace(b"STARTTLS\n", b"")
             got = b"".join(talk.from_upstream(piece) for piece in pieces)
             assert talk.facts == facts and got.replace(ALREADY, b"") == data, (commands, pieces)
-            assert not talk.waiting and talk.counted
+            assert not talk.due and talk.counted
         for pieces in ways(commands):
             talk, _, _ = converse(pieces)
             talk.from_upstream(data)
@@ -517,9 +517,9 @@ def test_a_refused_identity_is_no_fact():
 def test_what_waits_is_told():
     """waiting counts all that is kept for replies to come, so that whoever reads the client can bound it."""
     talk, _, _ = converse([b"VER\n" + b"USERNAME a\nSTARTTLS\n" * 500])
-    assert talk.waiting == 1000
+    assert len(talk.due) == 1000
     talk.from_upstream(b"upsd\n" + OK * 500)
-    assert talk.waiting == 0 and len(talk.facts) == 500
+    assert len(talk.due) == 0 and len(talk.facts) == 500
 
 
 def test_the_log_gets_commands_only_when_traced():
