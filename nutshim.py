@@ -1909,8 +1909,7 @@ class Log:
             self._poll.register(fd, select.POLLOUT)
 
     def __call__(self, level: int, text: str) -> None:
-        for line in text.split("\n"):
-            self.lines.append((level, line))
+        self.lines += [(level, line) for line in text.split("\n")]
         if not self.hold:
             self.flush()
 
@@ -2087,6 +2086,8 @@ class Workers:
         self._wake()
 
 
+QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+LAST = getattr(socket, "MSG_MORE", 0)       # With what is sent right before the end: one packet.
 _buffer = bytearray(CHUNK)      # All reads go through it: a new 16 KiB object costs more than a read.
 _view = memoryview(_buffer)
 
@@ -2152,6 +2153,12 @@ class Connection:
         self.ended = True
         return b""
 
+    def hurry(self) -> None:
+        """More is to come: acknowledge at once, since upsd's kernel holds the next reply back until
+        then (Nagle's algorithm), and ours would take 40 ms."""
+        if QUICKACK is not None:
+            self.sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
+
     def discard(self) -> bool:
         """Read without looking; whether the peer's side has ended."""
         try:
@@ -2161,13 +2168,13 @@ class Connection:
         except OSError:
             return True
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, flags: int = 0) -> None:
         """Send what the kernel takes now, keep the rest."""
         if self.out:
             self.out += data
             return
         try:
-            sent = self._send(data)
+            sent = self._send(data, flags)
             while sent < len(data):
                 data = data[sent:]
                 sent = self._send(data)
@@ -2296,7 +2303,9 @@ class TlsConnection(Connection):
                 size = PIECE
             self._feed(_view[:size])
         data = self._decrypted(rest)
-        if self._excess > HIGH_WATER and not self.ended:
+        excess = self._excess - OVERHEAD * len(data)
+        self._excess = excess if excess > 0 else 0
+        if excess > HIGH_WATER and not self.ended:
             self.ended, self.fault = True, "its TLS is nearly all overhead"
         if self._outgoing.pending:          # Alerts, key updates, tickets.
             super().send(self._made())
@@ -2306,32 +2315,30 @@ class TlsConnection(Connection):
         return data if data or self.ended else None
 
     def _decrypted(self, rest):
-        incoming, data = self._incoming, b""
+        """What is in the engine, and in the rest, that it is fed with."""
+        data = b""
         try:
             while True:
                 try:
                     size = self._decrypt()
-                except ssl.SSLWantReadError:
-                    size = None
-                if size:
+                    if not size:
+                        self.ended = True
+                        return data
                     data = data + _view[:size] if data else _view[:size].tobytes()
-                elif size == 0:
-                    self.ended = True
-                    break
-                if not incoming.pending:
+                except ssl.SSLWantReadError:
+                    pass
+                if not self._incoming.pending:
                     if not rest:
-                        break
+                        return data
                     self._feed(rest[:PIECE])
                     rest = rest[PIECE:]
         except (OSError, ValueError) as error:
             self.ended = True
             if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
                 self.fault = tls_error(error)
-        excess = self._excess - OVERHEAD * len(data)
-        self._excess = excess if excess > 0 else 0
         return data
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, flags: int = 0) -> None:
         piece = self._piece
         try:
             if len(data) <= piece:
@@ -2346,7 +2353,7 @@ class TlsConnection(Connection):
         except OSError:
             self.want(self._wanted | READ)      # What is wrong shows when it is read.
             return
-        Connection.send(self, made)
+        super().send(made, flags)
 
     def discard(self) -> bool:
         """Our close_notify is out, so TLS reads no more."""
@@ -2526,14 +2533,14 @@ class Session:
     has none until it says something that is no question; its questions are asked over the shared
     session, and count in asked until they are answered.
     """
-    __slots__ = ("shim", "loop", "number", "address", "client", "upstream", "link", "state",
+    __slots__ = ("shim", "loop", "number", "address", "place", "client", "upstream", "link", "state",
                  "deadline", "began", "last", "talk", "access", "user", "ups", "bytes_in",
                  "bytes_out", "opening", "backlog", "asked", "tries", "alone", "reason",
                  "stopping")
 
-    def __init__(self, shim: Shim, sock: socket.socket, address: tuple):
-        self.shim, self.loop, self.address = shim, shim.loop, address
-        self.number = shim.count(address)
+    def __init__(self, shim: Shim, sock: socket.socket, address: tuple, place: Union[str, bytes]):
+        self.shim, self.loop, self.address, self.place = shim, shim.loop, address, place
+        self.number = shim.count(place)
         self.client = Connection(self.loop, sock, self)
         self.upstream = self.link = self.talk = self.opening = self.reason = None
         self.access = self.user = self.ups = None
@@ -2724,6 +2731,8 @@ class Session:
         self.bytes_out += len(data)
         waiting = talk.due
         client.send(talk.from_upstream(data))
+        if talk.sent > talk.got:
+            self.upstream.hurry()
         if talk.facts:
             self._identify(talk.facts)
         if waiting or client.out or self.backlog or self.stopping or self.state == DRAIN:
@@ -2812,7 +2821,7 @@ class Session:
             self._settle()
         # With more behind it, upsd goes on after LOGOUT: then upsd has to see it itself.
         elif verb == b"LOGOUT" and len(line) == len(self.backlog):
-            self.client.send(OK_GOODBYE)
+            self.client.send(OK_GOODBYE, LAST)
             self.finish(Reason.LOGOUT)
         else:
             self.tell("upstream", "a session of its own")
@@ -2938,7 +2947,7 @@ class Session:
             self.loop.sessions.discard(self)
             self.loop.timed.discard(self)
             self.loop.strangers.pop(self, None)
-            self.shim.discount(self.address)
+            self.shim.discount(self.place)
             self._report(reason, detail)
 
     def _report(self, reason, detail):
@@ -3351,6 +3360,8 @@ class Shared:
             return self._distrust(link)
         if link.questions.waiting and not link.questions.sent:
             link.flush()
+        if link.questions.sent:
+            link.conn.hurry()
         if self._retired and not self._busy():
             self._give_up("the configuration was read again")
         elif self.deadline == float("inf"):
@@ -3507,29 +3518,28 @@ class Shim:
     def latest(self) -> Shim:
         return self.heir.latest() if self.heir else self
 
-    def count(self, address: tuple) -> int:
-        """A session begins; its number."""
+    def count(self, place: Union[str, bytes]) -> int:
+        """A session from an address_place() begins; its number."""
         self.counts["total"] += 1
-        self.addresses[address_key(address[0])] += 1
+        self.addresses[place] += 1
         Shim.numbers += 1
         return Shim.numbers
 
-    def discount(self, address: tuple) -> None:
-        key = address_key(address[0])
-        self.addresses[key] -= 1
-        if not self.addresses[key]:
-            del self.addresses[key]
+    def discount(self, place: Union[str, bytes]) -> None:
+        self.addresses[place] -= 1
+        if not self.addresses[place]:
+            del self.addresses[place]
 
-    def refusal(self, host: str) -> Optional[Reason]:
+    def refusal(self, host: str, place: Union[str, bytes]) -> Optional[Reason]:
         """Why that address gets no session, or None."""
         if self.conf.allow_from:
             import ipaddress
-            address = ipaddress.ip_address(host.partition("%")[0])
+            address = ipaddress.ip_address(_unmapped(host).partition("%")[0])
             if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
             return Reason.MAX_SESSIONS
-        if self.addresses[address_key(host)] >= self.conf.max_sessions_per_address:
+        if self.addresses[place] >= self.conf.max_sessions_per_address:
             return Reason.PER_ADDRESS
         return None
 
@@ -3578,7 +3588,7 @@ class Shim:
         self.shared.retire()
 
 
-def address_key(host: str) -> Union[str, bytes]:
+def address_place(host: str) -> Union[str, bytes]:
     """What counts as one address: an IPv6 peer has a /64 to choose from (RFC 4291 2.5.4)."""
     if ":" not in host or host.startswith("::ffff:"):
         return host
@@ -3740,14 +3750,15 @@ class Listener(Connection):
                 Timer(loop, 1, self._rested)
                 return
             sock.setblocking(False)
-            reason = shim.refusal(address[0])
-            if reason and not self._make_room(reason, address):
+            place = address_place(address[0])
+            reason = shim.refusal(address[0], place)
+            if reason and not self._make_room(reason, address[0], place):
                 shim.refused[reason.words] += 1
                 loop.log.limited(reason.level, (shim.name, reason),
                                  f"[{shim.name}] {address_text(address)}: refused: {reason.words}")
                 sock.close()
                 continue
-            session = Session(shim, sock, address)
+            session = Session(shim, sock, address, place)
             loop.sessions.add(session)
             loop.strangers[session] = None
             loop.timed.add(session)
@@ -3757,16 +3768,15 @@ class Listener(Connection):
         if self.sock:
             self.want(READ)
 
-    def _make_room(self, reason, address):
+    def _make_room(self, reason, host, place):
         """Idle strangers keep nobody out: the oldest one makes room for a new connection."""
         if reason is Reason.ALLOW_FROM:
             return False
-        key = address_key(address[0])
         for session in self.loop.strangers:
             if reason is Reason.MAX_SESSIONS or (session.shim.addresses is self.shim.addresses
-                                                 and address_key(session.address[0]) == key):
+                                                 and session.place == place):
                 session.close(Reason.MADE_ROOM)
-                return self.shim.refusal(address[0]) is None
+                return self.shim.refusal(host, place) is None
         return False
 
 
