@@ -11,83 +11,164 @@
 
 One process runs any number of shims; a shim's role is data, not another program.
 
-How it works.  A pure protocol core (no socket, clock, log or configuration) cuts the client's bytes
-into commands and upsd's into replies, so it knows at any moment how many replies are owed.  The turn
-of the shim's own replies, access classes, STARTTLS and the reuse of upstream sessions rest on that
-one count.  One selectors loop moves the bytes.
+How it works.  A pure protocol core (no socket, clock, log or configuration) cuts a client's bytes
+into commands and upsd's into replies, so it knows at any moment how many replies are owed.  The
+turn of the shim's own replies, access classes and STARTTLS rest on that one count.  One selectors
+loop moves the bytes.  TLS happens in memory: the loop reads a socket once, feeds what came to the
+TLS engine, and sends what the engine makes.
 
-Threads.  Only the main thread, the loop's, touches sessions, the selector, the log and the
-configuration.  Handshake threads run single steps of do_handshake() on non-blocking sockets that the
-loop has let go of; each look-up has a thread for getaddrinfo().  Results come back through
-Workers.done, and a byte on a socket pair, where signals arrive as well, wakes the loop.
+A session's opening (greeting, TLS, admission, look-up, TCP, STARTTLS, TLS) is a coroutine that
+tells the steps in order and waits for a socket, a thread or a deadline.  From then on a table of
+states and events says what happens.
+
+A client shim asks the stateless questions of all its clients over one shared upstream session and
+holds each reply against its question.  A client that says anything else gets an upstream session
+of its own, for good.
+
+Threads.  Only the main thread, the loop's, touches sockets, sessions, the selector, the log and
+the configuration.  Handshake threads get a TLS engine and bytes for it, and give bytes back; each
+look-up has a thread for getaddrinfo().  Results come back through Workers.done, and a byte on a
+socket pair, where signals arrive as well, wakes the loop.
 
 Faults.  ConfigError is the administrator's and names FILE:LINE.  ProtocolError and OSError are a
 peer's and end its session with one log line.  Anything else is a bug: a traceback in the log, that
 session closed, the daemon lives.
 
-Sections: limits - options - errors - configuration - protocol core - certificates and TLS - log -
-sockets and threads - sessions - shims and upstream reuse - loop - status - probe - daemon - main
+Sections: start from bytecode - limits - options - errors and reasons - configuration - protocol
+core - certificates and TLS - log - connections and workers - openings - sessions - shared upstream
+session - shims - loop - listeners - status and control - probe - process - daemon - main
 """
 from __future__ import annotations
 
-import argparse
-import binascii
-import collections
-import datetime
-import enum
-import errno
-import fcntl
-import functools
-import hashlib
-import json
 import os
-import pwd
-import queue
-import re
-import select
-import selectors
-import signal
-import socket
-import ssl
-import stat
 import sys
-import termios
-import threading
-import time
-import types
 
-VERSION = "1.0"
+# --- Start from bytecode: compiling this file leaves 7 MB that Python never gives back -----------
+
+_LAUNCHER = ("import marshal, os, sys; del sys.argv[0]; fd = int(sys.argv.pop(0)); "
+             "file = os.fdopen(fd, 'rb'); code = marshal.load(file); file.close(); "
+             "exec(code, {'__name__': '__main__', '__file__': sys.argv[0], 'FROM_SOURCE': ''})")
+# Why the daemon goes on as compiled from its source; empty when it runs from bytecode.
+FROM_SOURCE = globals().get("FROM_SOURCE", "not started as a program")
+
+
+def _unnamed_file() -> int:
+    """A descriptor of a file that no name leads to, and that an exec keeps."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("nutshim", 0)
+    for folder in ("/run", "/var/run", "/tmp"):
+        path = os.path.join(folder, f".nutshim-{os.urandom(8).hex()}")
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        except OSError:
+            continue
+        os.unlink(path)
+        os.set_inheritable(fd, True)
+        return fd
+    raise OSError("no place for an unnamed file")
+
+
+def _start_from_bytecode(code, argv) -> str:
+    """Become the same program, started from its bytecode; the reason if that cannot be done."""
+    if any(word[:2] in ("-t", "-c", "-p", "-V", "-h", "--") for word in argv[1:]):
+        return "not a daemon"
+    if not sys.executable or any(name in os.environ for name in ("PYTHONHOME", "PYTHONPATH")):
+        return "Python is told by its environment where its modules are"
+    import marshal
+    flags = sys.flags
+    words = ["-I", "-S"] + ["-B"] * flags.dont_write_bytecode + ["-O"] * flags.optimize
+    words += ["-b"] * flags.bytes_warning + ["-v"] * flags.verbose
+    words += [f"-W{each}" for each in sys.warnoptions]
+    words += [f"-X{name}" if value is True else f"-X{name}={value}"
+              for name, value in sys._xoptions.items()]
+    words += ["-Xdev"] * (flags.dev_mode and "dev" not in sys._xoptions)
+    try:
+        fd = _unnamed_file()
+        with os.fdopen(os.dup(fd), "wb") as file:
+            marshal.dump(code, file)
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.execv(sys.executable, [sys.executable] + words
+                 + ["-c", _LAUNCHER, str(fd), os.path.abspath(argv[0])] + argv[1:])
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+if __name__ == "__main__" and FROM_SOURCE:
+    FROM_SOURCE = _start_from_bytecode(sys._getframe().f_code, sys.argv)
+
+# Imports stay behind it, and few; what only a check or a probe needs is imported there.
+import binascii                     # noqa: E402
+import collections                  # noqa: E402
+import datetime                     # noqa: E402
+import enum                         # noqa: E402
+import errno                        # noqa: E402
+import fcntl                        # noqa: E402
+import functools                    # noqa: E402
+import hashlib                      # noqa: E402
+import pwd                          # noqa: E402
+import queue                        # noqa: E402
+import re                           # noqa: E402
+import select                       # noqa: E402
+import selectors                    # noqa: E402
+import signal                       # noqa: E402
+import socket                       # noqa: E402
+import ssl                          # noqa: E402
+import stat                         # noqa: E402
+import threading                    # noqa: E402
+import time                         # noqa: E402
+import types                        # noqa: E402
+
+TYPE_CHECKING = False                # typing costs memory, and annotations are not evaluated.
+if TYPE_CHECKING:
+    from typing import Any, Callable, Counter, Deque, Iterable, Optional, Union
+
+VERSION = "1.1"
 
 # --- Limits: each bounds what a peer can make this process hold, or wait for ---------------------
 
 CHUNK = 16384             # bytes a read: the payload of one TLS record (RFC 8446 5.1)
+PIECE = 2048              # bytes fed to or taken from TLS at once: its buffers keep their largest size
+TURN = 512                # bytes of commands taken from a client in one turn, as upsd does
+RECORD = 512              # bytes of commands in a TLS record: upsd's own TLS forgets what is beyond
 MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512 characters, each escaped (NUT parseconf.h)
+MAX_COMMAND_LINES = 32    # newlines in a command's quotes; NUT's own clients send none
+MAX_WORDS = 32            # words of a command that are looked at; upsd drops what is beyond
+MAX_CLAIMS = 64           # USERNAME, LOGIN and ATTACH unanswered that the log follows
+MAX_QUESTION = 256        # bytes of a command that may go over a shared session
 MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
+MAX_HANDSHAKE = 256 * 1024  # bytes of a peer's handshake; a chain of certificates may have 100 KB
 MAX_REPLY_LINE = 512      # upsd cuts a reply line here, without a newline (NUT_NET_ANSWER_MAX)
-SPARE_MEMORY = 512 * 1024 # bytes that must be to be had before sixteen more sessions begin
 MAX_LOCAL_REPLIES = 64    # own replies waiting for their turn, before the client is read again
 HIGH_WATER = 64 * 1024    # bytes unsent to one side, before its other side has to wait
-STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's writes block, for everybody
+OVERHEAD = 50             # times its data a peer's TLS may need, and HIGH_WATER more; 7 are honest
+STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's writes block for all
 DRAIN_LIMIT = 5           # seconds for what is under way when one side has closed
 STOP_GRACE = 2            # seconds for replies under way at TERM; procd kills after 5
 BACKLOG = 128             # connections waiting in the kernel
 ACCEPT_BATCH = 16         # of them taken in one round, before established sessions have their turn
-KEPT_MAX = 32             # idle upstream sessions kept for reuse, per shim
+STAGGER = 0.5             # seconds without a step further before the next address is tried (RFC 8305)
+PATIENCE = 1              # seconds of silence of a shared session, or 4 round trips if those are more
+MAX_PATIENCE = 60         # seconds: silence after silence is borne longer each time, up to this
+MAX_ASKED = 3             # times a question is asked over sessions that are lost
+UNSHARED = 3600           # seconds that an upstream which gave an odd reply is not shared
 RESOLVE_TTL = 60          # seconds a name's addresses are used without asking again
-TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each time one is read
+FAILED_TTL = 30           # seconds an address that failed is tried after all others
+TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each read
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
-NO_EXPIRY = 253402300799  # seconds since 1970: 99991231235959Z, no end that is known (RFC 5280 4.1.2.5)
+NO_EXPIRY = 253402300799  # seconds since 1970: 99991231235959Z, no end (RFC 5280 4.1.2.5)
+SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dials
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
 # --- Options: the one source for parser, help and documentation ----------------------------------
+# A parser takes a text and the folder of nutshim.conf; its ValueError says what was expected.
 
 
 def _number(low, high):
     def parse(text, _base):
         if not re.match("[0-9]{1,9}$", text) or not low <= int(text) <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}")
+            raise ValueError(f"expected a whole number from {low} to {high}, not '{text}'")
         return int(text)
     return parse
 
@@ -95,7 +176,7 @@ def _number(low, high):
 def _choice(*words):
     def parse(text, _base):
         if text not in words:
-            raise ValueError("expected " + " or ".join(words))
+            raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}, not '{text}'")
         return text
     return parse
 
@@ -108,87 +189,151 @@ def _text(text, _base):
     return text
 
 
-def _list(item):
-    return lambda text, base: [item(part.strip(), base) for part in text.split(",")]
+_ASCII = "expected ASCII without blanks, an international name in its xn-- form"
 
 
-def _address(text, _base):
-    """HOST[:PORT], [IPv6][:PORT] or a bare IPv6 address -> (host, port or None)."""
-    match = re.match(r"(?:\[([\da-fA-F:.]+(?:%[\w.-]+)?)\]|([^\s:\[\]]+))(?::(\d{1,5}))?$", text, re.ASCII)
-    if match and int(match.group(3) or 0) <= 65535:
-        host, port = match.group(1) or match.group(2), match.group(3)
-    elif numeric_family(text) == socket.AF_INET6:
-        host, port = text, None
-    else:
-        raise ValueError(f"expected HOST[:PORT], an IPv6 address in brackets, a port up to 65535, not '{text}'")
-    if any(c > "~" for c in host):
-        raise ValueError(f"expected ASCII, an international name in its xn-- form, not '{text}'")
-    return host, int(port) if port else None
+def _address(local):
+    """A parser of HOST[:PORT], [IPv6][:PORT] or a bare IPv6 address -> (host, port or None).
+
+    local is the host that goes with a port alone: * where nutshim listens, localhost elsewhere.
+    """
+    def parse(text, _base):
+        if re.match(":?[0-9]{1,5}$", text) and int(text.lstrip(":")) <= 65535:
+            raise ValueError(f"'{text}' is a port; did you mean {local}:{text.lstrip(':')}?")
+        if "@" in text:
+            raise ValueError("a UPS's name belongs in upsmon.conf's MONITOR line, not here: "
+                             f"expected HOST[:PORT], not '{text}'")
+        if re.search("[^!-~]", text):
+            raise ValueError(f"{_ASCII}, not '{text}'")
+        has_port = re.match(r"(\[.*\]|[^:]*):[0-9]{1,5}$", text)
+        host, _, port = text.rpartition(":") if has_port else (text, "", "")
+        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*\.?$", host, re.I)
+        if ":" in host:
+            host = host[1:-1] if host[0] + host[-1] == "[]" else host
+            good = numeric_family(host) == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
+            if good and re.match("fe[89ab]", host, re.I) and "%" not in host:
+                raise ValueError(f"a link-local address needs its interface: {host}%INTERFACE")
+        elif numbers and not numeric_family(host):      # inet_aton() takes 401 for 0.0.1.145.
+            raise ValueError(f"'{host}' is no IPv4 address: expected four numbers from 0 to 255")
+        else:
+            good = re.match(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?$", host) or host == local
+        lowest = 0 if local == "*" else 1
+        if not good or not lowest <= int(port or 401) <= 65535:
+            raise ValueError("expected HOST[:PORT], an IPv6 address in brackets, "
+                             f"a port up to 65535, not '{text}'")
+        return _unmapped(host), int(port) if port else None
+    return parse
+
+
+def _unmapped(host):
+    """An IPv4 address in its IPv6 form, as ::ffff:192.0.2.1, in its own (RFC 4291 2.5.5.2)."""
+    if numeric_family(host) == socket.AF_INET6:
+        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        if packed[:12] == bytes(10) + b"\xff\xff":
+            return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return host
 
 
 def _pin(text, _base):
     try:
-        if text.startswith("sha256//") and len(binascii.a2b_base64(text[8:])) == 32:
-            return text
-    except binascii.Error:
+        digest = binascii.a2b_base64(text[8:])
+        # Pins are compared as text, so each has only one form.
+        if len(digest) == 32 and text[:8] == "sha256//":
+            if text[8:] == binascii.b2a_base64(digest, newline=False).decode():
+                return text
+    except ValueError:
         pass
     raise ValueError(f"expected sha256//BASE64 as 'nutshim.py -t' prints it, not '{text}'")
 
 
 def _network(text, _base):
-    import ipaddress                                    # Rarely needed: not imported at every start.
+    import ipaddress                            # Rarely needed: not imported at every start.
+    address = text.partition("/")[0]
     try:
-        return ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ValueError(f"expected ADDRESS or ADDRESS/BITS: {error}") from None
+        if not numeric_family(address) or "%" in address:
+            raise ValueError
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f"expected ADDRESS or ADDRESS/BITS, not '{text}'") from None
+    first, bits = network.network_address, network.prefixlen
+    if first != ipaddress.ip_address(address):
+        raise ValueError(f"'{text}' is no network; did you mean {network} or {address}?")
+    mapped = bits >= 96 and first.version == 6 and first.ipv4_mapped
+    return ipaddress.ip_network((mapped, bits - 96)) if mapped else network
 
 
 def _permit(text, base):
     identity, _, access = (part.strip() for part in text.rpartition(":"))
     if access not in CLASSES:
-        raise ValueError(f"expected IDENTITY: {' or '.join(CLASSES)}, not '{text}'")
+        raise ValueError(f"expected IDENTITY: {', '.join(CLASSES)}, not '{text}'")
     if identity.startswith("sha256//"):
         return _pin(identity, base), access
-    if identity != "*" and not re.match(r"(CN=|DNS:|IP:|URI:|email:)\S", identity):
+    if identity == "*":
+        return identity, access
+    match = re.match(r"(CN=|DNS:|IP:|URI:|email:)(\S.*)", identity)
+    if not match:
         raise ValueError(f"expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '{identity}'")
-    if identity.startswith("IP:") and not numeric_family(identity[3:]):
+    kind, value = match.groups()
+    if kind == "IP:" and ("%" in value or not numeric_family(value)):
         raise ValueError(f"expected an address behind IP:, not '{identity}'")
+    if kind != "CN=" and re.search("[^!-~]", value):
+        raise ValueError(f"{_ASCII}, not '{identity}'")
     return normal_name(identity), access
 
 
 GLOBAL, SHIM, SERVER, CLIENT = "global", "shim", "server", "client"
 
+# parse is a parser, or for a list separated by commas [the parser of one entry].
+# parse is a parser or, for a list separated by commas, [the parser of an entry].
 Option = collections.namedtuple("Option", "name where default parse help")
 OPTIONS = [Option(*row) for row in (
-    ("user", GLOBAL, None, _text, "who to become once the ports are open; default nut, if started as root"),
-    ("chroot", GLOBAL, None, _path(), "directory to confine to, before user is dropped"),
-    ("pidfile", GLOBAL, "/run/nutshim.pid", _path(), "also the place of the status socket (/var/run without /run)"),
+    ("user", GLOBAL, None, _text,
+     "user to run as once the ports are open; default nut, if started as root"),
+    ("chroot", GLOBAL, None, _path(), "folder to confine the daemon to, before it becomes user"),
+    ("pidfile", GLOBAL, ("/run" if os.path.isdir("/run") else "/var/run") + "/nutshim.pid", _path(),
+     "file with the process id; the status socket lies beside it"),
     ("log", GLOBAL, "syslog", _path("syslog", "stderr"), "syslog, stderr or a file"),
     ("handshake_threads", GLOBAL, "2", _number(1, 64), "threads that do TLS handshakes"),
-    ("max_sessions", GLOBAL, "512", _number(1, 1000000), "sessions over all shims"),
-    ("role", SHIM, None, _choice(SERVER, CLIENT), "server (in front of upsd) or client (of upsmon, upsc, ...)"),
-    ("listen", SHIM, {SERVER: "*:401", CLIENT: "localhost:3493"}, _list(_address), "ADDRESS[:PORT] list, * is every address"),
-    ("upstream", SHIM, {SERVER: "localhost:3493", CLIENT: None}, _list(_address), "HOST[:PORT] list, tried in order; client: port 401"),
-    ("certificate", SHIM, None, _path(), "PEM: own certificate, chain, and key; server: required"),
-    ("key", SHIM, None, _path(), "PEM private key, if not in certificate"),
-    ("trust", SHIM, None, _path("system"), "PEM file or directory of trusted certificates, or system"),
-    ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"), "full (chain and name), chain, pin, none"),
-    ("server_name", CLIENT, None, _text, "what the certificate must carry; default: upstream's host"),
-    ("pin", SHIM, None, _list(_pin), "sha256//BASE64 list of the peer's public key"),
-    ("crl", SHIM, None, _list(_path()), "PEM revocation list(s)"),
-    ("client_certificate", SERVER, "none", _choice("none", "request", "require"), "none, request, require"),
-    ("permit", SERVER, None, _list(_permit), "IDENTITY: CLASS list; read, monitor, primary, admin"),
-    ("allow_from", SHIM, None, _list(_network), "addresses or networks that may connect"),
-    ("plaintext", SERVER, "refuse", _choice("refuse", "localhost"), "refuse, or localhost: loopback peers need no TLS"),
+    ("max_sessions", GLOBAL, "512", _number(1, 1000000),
+     "sessions over all shims; the descriptor limit is raised for it"),
+    ("role", SHIM, None, _choice(SERVER, CLIENT),
+     "server (in front of upsd) or client (in front of upsmon, upsc, ...)"),
+    ("listen", SHIM, {SERVER: "*:401", CLIENT: "localhost:3493"}, [_address("*")],
+     "ADDRESS[:PORT] list; * is every address of both families"),
+    ("upstream", SHIM, {SERVER: "localhost:3493", CLIENT: None}, [_address("localhost")],
+     "HOST[:PORT] list, tried in order; a client's default port is 401"),
+    ("certificate", SHIM, None, _path(), "PEM: own certificate, chain and key; server: required"),
+    ("key", SHIM, None, _path(), "PEM private key, if it is not in certificate"),
+    ("trust", SHIM, None, _path("system"),
+     "PEM file or folder of CA or self-signed certificates, or system"),
+    ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"),
+     "full (chain and name), chain, pin (the key alone) or none"),
+    ("server_name", CLIENT, None, _text,
+     "what the certificate must carry; default: upstream's host"),
+    ("pin", SHIM, None, [_pin], "sha256//BASE64 list of public keys; the peer has one of them"),
+    ("crl", SHIM, None, [_path()], "PEM revocation list(s)"),
+    ("client_certificate", SERVER, "none", _choice("none", "request", "require"),
+     "none, request or require"),
+    ("permit", SERVER, None, [_permit], "IDENTITY: CLASS list; read, monitor, primary or admin"),
+    ("allow_from", SHIM, None, [_network], "addresses or networks that may connect"),
+    ("plaintext", SERVER, "refuse", _choice("refuse", "localhost"),
+     "refuse, or localhost: loopback peers need no TLS"),
     ("min_tls", SHIM, "1.3", _choice("1.3", "1.2"), "1.3 or 1.2"),
     ("max_sessions_per_address", SHIM, "64", _number(1, 1000000), "sessions from one address"),
-    ("handshake_timeout", SHIM, {SERVER: "10", CLIENT: "4"}, _number(1, 3600), "seconds from accept to the end of the handshake"),
+    ("handshake_timeout", SHIM, {SERVER: "10", CLIENT: "4"}, _number(1, 3600),
+     "seconds from accept to the end of the TLS handshake"),
     ("idle_timeout", SHIM, "120", _number(1, 1000000), "seconds without a byte"),
-    ("reuse", CLIENT, "30", _number(0, 3600), "seconds an idle upstream session is kept; 0 = off"),
+    ("reuse", CLIENT, "30", _number(0, 3600),
+     "seconds the shared upstream session is kept unused; 0 shares none"),
 )]
-DEFAULT_PORT = {("listen", SERVER): 401, ("listen", CLIENT): 3493, ("upstream", SERVER): 3493, ("upstream", CLIENT): 401}
+DEFAULT_PORT = {("listen", SERVER): 401, ("listen", CLIENT): 3493,
+                ("upstream", SERVER): 3493, ("upstream", CLIENT): 401}
 
-# --- Errors --------------------------------------------------------------------------------------
+# --- Errors and reasons --------------------------------------------------------------------------
+
+ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7         # As syslog's (RFC 5424 6.2.1).
+LEVELS = {ERROR: "error: ", WARNING: "warning: ", NOTICE: "notice: ", INFO: "info: ",
+          DEBUG: "debug: "}
 
 
 class ConfigError(Exception):
@@ -198,36 +343,43 @@ class ConfigError(Exception):
 class ProtocolError(Exception):
     """The peer's fault: ends its session with one log line."""
 
-    def __init__(self, reason, detail=""):
+    def __init__(self, reason: Reason, detail: str = ""):
         super().__init__(detail)
         self.reason = reason
 
 
 class Reason(enum.Enum):
-    """Why a session ended, or never began."""
-    LOGOUT = "logout"
-    CLIENT = "closed by the client"
-    UPSD = "closed by upstream"
-    STOP = "nutshim stops"
-    IDLE = "idle too long"
-    STALL = "the client does not read its replies"
-    TIMEOUT = "handshake timeout"
-    NO_STARTTLS = "no STARTTLS"
-    INJECTION = "bytes behind STARTTLS: command injection"
-    TLS_FIRST = "TLS hello without STARTTLS"
-    BAD_LINE = "bad line"
-    TLS = "TLS handshake failed"
-    PIN = "no pin matches the peer's key"
-    PERMIT = "no permit line matches the peer"
-    UPSTREAM = "no upstream"
-    ALLOW_FROM = "address not in allow_from"
-    MAX_SESSIONS = "max_sessions reached"
-    PER_ADDRESS = "max_sessions_per_address reached"
-    RESOURCES = "out of descriptors or memory"
-    BUG = "internal error"
+    """Why a session ended, or never began.
 
+    words: the log's; level: the log line's; polite: the client is told (what is on its way, then
+    our end) and its own end waited for.
+    """
+    LOGOUT = ("logout", INFO, True)
+    CLIENT = ("closed by the client", INFO, False)
+    UPSD = ("closed by upstream", INFO, True)
+    LOST = ("lost by upstream", WARNING, True)
+    STOP = ("nutshim stops", INFO, True)
+    IDLE = ("idle too long", INFO, True)
+    STALL = ("the client does not read its replies", WARNING, False)
+    TIMEOUT = ("handshake timeout", WARNING, False)
+    NO_STARTTLS = ("no STARTTLS", WARNING, True)
+    INJECTION = ("bytes behind STARTTLS: command injection", WARNING, False)
+    TLS_FIRST = ("TLS hello without STARTTLS", WARNING, False)
+    BAD_LINE = ("bad line", WARNING, False)
+    TLS = ("TLS handshake failed", WARNING, True)
+    PIN = ("no pin matches the peer's key", WARNING, True)
+    PERMIT = ("no permit line matches the peer", WARNING, True)
+    UPSTREAM = ("no upstream", WARNING, True)
+    ALLOW_FROM = ("address not in allow_from", WARNING, False)
+    MADE_ROOM = ("silent, and a newer connection needed its place", WARNING, False)
+    MAX_SESSIONS = ("max_sessions reached", WARNING, False)
+    PER_ADDRESS = ("max_sessions_per_address reached", WARNING, False)
+    RESOURCES = ("out of descriptors or memory", WARNING, False)
+    BUG = ("internal error", WARNING, False)
 
-ORDINARY = {Reason.LOGOUT, Reason.CLIENT, Reason.UPSD, Reason.STOP, Reason.IDLE}
+    def __init__(self, words: str, level: int, polite: bool):
+        self.words, self.level, self.polite = words, level, polite
+
 
 # --- Configuration: nutshim.conf -----------------------------------------------------------------
 
@@ -239,6 +391,11 @@ class Conf(types.SimpleNamespace):
         """FILE:LINE of an option, as messages begin."""
         section = f"[{self.name}] " if self.name else ""
         return f"{self.path}:{self.lines.get(option, self.line)}: {section}{option}: "
+
+    def files(self):
+        """What a reload has to read."""
+        paths = [self.certificate, self.key, self.trust] + (self.crl or [])
+        return [path for path in paths if path and path != "system"]
 
     def error(self, option, what, error):
         """The ConfigError for an option's file, address or user and its OSError."""
@@ -256,110 +413,182 @@ def find_config() -> str:
     raise ConfigError(f"no configuration file: looked for {', '.join(paths)}; name it with -f FILE")
 
 
-def read_config(path):
-    """nutshim.conf -> (global Conf with .shims, faults as lines); a faulty option has its default."""
+def read_config(path: str) -> tuple:
+    """nutshim.conf -> (global Conf with .shims, fault lines); a faulty option has its default."""
     path = os.path.abspath(path)
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
     faults = []
-    sections = [(None, 1, {})]                  # (name, line, {option: (line, text)})
-    for number, line in enumerate(lines, 1):
-        line = re.sub(r"(^|\s)[#;].*", "", line).strip()
-        header = re.match(r"\[\s*([\w.-]+)\s*\]$", line)
+    sections = [(None, 1, {})]          # (name, line, {option: (line, text or None if faulty)})
+    for number, line in enumerate(_read_lines(path), 1):
+        # A comment begins a line or follows a blank; quotes keep what is in them.
+        line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match.group(1) or "", line)
+        line = line.strip(" \t\r")
+        if not line:
+            continue
+        header = line[0] == "["
         name, _, text = (part.strip() for part in line.partition("="))
+        if header:
+            name = re.sub(r"[^\w.-]", "", line)
         given = sections[-1][2]
-        fault = None
-        if not line.replace("\t", " ").isprintable():
-            fault = "a control character: expected text"
-        elif header:
-            name = header.group(1)
-            if any(name == section[0] for section in sections):
-                fault = f"a second section [{name}]: expected a name of its own for each shim"
-            sections.append((name, number, {}))
-        elif line and not (name and text):
+        odd, fault = _odd_character(line), None
+        if odd:
+            fault = odd
+        elif line.count('"') % 2:
+            fault = f"expected a second quote (\"), not '{line}'"
+        elif header and not re.match(r"\[[ \t]*[\w.-]+[ \t]*\]$", line):
+            fault = f"expected [section], a name of letters, digits, '.', '_' and '-', not '{line}'"
+        elif header and any(name == section[0] for section in sections):
+            fault = f"a second section [{name}]: expected a name of its own for each shim"
+        elif not header and not (name and text.strip('" \t')):
             fault = f"expected 'name = value' or '[section]', not '{line}'"
-        elif name in given:
-            fault = f"{name}: stands already in line {given[name][0]}"
-        elif line:
-            given[name] = (number, text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text)
+        elif not header and name in given:
+            fault = f"{name}: already given in line {given[name][0]}"
+        if header:
+            sections.append((name, number, {}))
+        else:
+            given.setdefault(name, (number, None if fault else text))
         if fault:
             faults.append(f"{path}:{number}: {fault}")
     conf = _read_section(path, sections[0], GLOBAL, faults)
     conf.shims = []
-    if "pidfile" not in conf.lines and not os.path.isdir("/run"):
-        conf.pidfile = "/var/run/nutshim.pid"
-    for name, line, given in sections[1:]:
-        number, role = given.get("role", (line, ""))
-        if role in (SERVER, CLIENT):
-            conf.shims.append(_read_section(path, (name, line, given), role, faults))
-        else:
-            faults.append(f"{path}:{number}: [{name}] role: expected role = server or role = client")
+    for section in sections[1:]:
+        role = (section[2].get("role", (0, None))[1] or "").replace('"', "")
+        shim = _read_section(path, section, role if role in (SERVER, CLIENT) else None, faults)
+        if shim.role:
+            conf.shims.append(shim)
     if not sections[1:]:
         faults.append(f"{path}:1: expected a [section] for each shim, found none")
     return conf, faults
 
 
+def _read_lines(path):
+    """A file's lines; bytes that are not UTF-8 are surrogates in them (PEP 383)."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    for encoding, start in (("UTF-16LE", rb"\xff\xfe|[^\0]\0[^\0]\0"),
+                            ("UTF-16BE", rb"\xfe\xff|\0[^\0]\0[^\0]")):
+        if re.match(start, data):
+            raise ConfigError(f"{path}:1: this file is {encoding}; expected UTF-8: "
+                              f"'iconv -f {encoding} -t UTF-8 FILE' converts it")
+    return re.sub("^\ufeff", "", data.decode("utf-8", "surrogateescape")).split("\n")
+
+
+def _odd_character(line):
+    """What is wrong with the first character that no line may have, or None."""
+    for c in line:
+        if "\udc80" <= c <= "\udcff":
+            return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is Latin-1, "
+                    "'iconv -f ISO-8859-1 -t UTF-8 FILE' converts it")
+        if c < " " and c != "\t" or "~" < c < "\xa0":
+            return f"a control character (U+{ord(c):04X}); expected plain text"
+        if not c.isprintable() and c != "\t":
+            return f"U+{ord(c):04X} looks like a blank, or like nothing; expected plain blanks"
+    return None
+
+
+def _similar(word):
+    """The option that word is probably a misspelling of (Levenshtein's distance), or None."""
+    def distance(name):
+        row = list(range(len(name) + 1))
+        for i, c in enumerate(word.lower(), 1):
+            last, row[0] = row[0], i
+            for j, d in enumerate(name, 1):
+                last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (c != d))
+        return row[-1]
+    best = min((option.name for option in OPTIONS), key=distance)
+    return best if distance(best) <= min(2, (len(word) + 1) // 3) else None
+
+
 def _read_section(path, section, role, faults):
-    """One section's options, checked each by itself and against each other."""
+    """One section's options, each checked by itself and, with a role, against each other."""
     name, line, given = section
-    wanted = (GLOBAL,) if role == GLOBAL else (SHIM, role)
-    conf = Conf(name=name, role=role, path=path, line=line, lines={option: at for option, (at, _) in given.items()})
+    wanted = {GLOBAL: (GLOBAL,), None: (SHIM, SERVER, CLIENT)}.get(role, (SHIM, role))
+    conf = Conf(name=name, role=role, path=path, line=line,
+                lines={option: at for option, (at, _) in given.items()})
     places = {option.name: option.where for option in OPTIONS}
-    expected = {None: "no such option; 'nutshim.py -h' lists them", SHIM: "expected in a [section]",
-                GLOBAL: "expected a global option above the first [section]"}
-    for option in given:
+    belongs = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
+               SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
+    bad = set()                                 # Options that have their fault already.
+    for option, (_, text) in given.items():
         where = places.get(option)
-        if where not in wanted:
-            faults.append(conf.at(option) + expected.get(where, f"expected in a shim with role = {where}"))
+        if text is None:
+            bad.add(option)
+        elif not where:
+            near = _similar(option)
+            faults.append(conf.at(option) + "no such option; " + (
+                f"did you mean {near}?" if near else "'nutshim.py -h' lists them"))
+        elif where not in wanted:
+            faults.append(conf.at(option) + "belongs " + belongs[where])
     for option in OPTIONS:
         if option.where not in wanted:
             continue
         default = option.default.get(role) if isinstance(option.default, dict) else option.default
-        for text in (given.get(option.name, (0, default))[1], default):
-            try:
-                value = None if text is None else option.parse(text, os.path.dirname(path))
-                break
-            except ValueError as error:
-                faults.append(conf.at(option.name) + str(error))
+        try:
+            value = _parse(option, given.get(option.name, (0, None))[1] or default, path)
+        except ValueError as error:
+            faults.append(conf.at(option.name) + str(error))
+            bad.add(option.name)
+            value = _parse(option, default, path)
         port = DEFAULT_PORT.get((option.name, role))
         if port and value:
-            value = [(host, port if given_port is None else given_port) for host, given_port in value]
+            value = [(host, port if number is None else number) for host, number in value]
         setattr(conf, option.name, value)
-    if role == GLOBAL:
-        return conf
-    server = role == SERVER
-    how = conf.client_certificate if server else conf.verify
-    mode = f"{'client_certificate' if server else 'verify'} = {how}"
-    checks = how not in ("none", "pin")
-    rules = [
-        ("certificate", server and not conf.certificate, "expected one: mkNUTcert.py makes it"),
-        ("upstream", not conf.upstream, "expected the host of the server shim"),
-        ("upstream", any(host == "*" for host, _ in conf.upstream or ()), "expected HOST[:PORT], not *"),
-        ("trust", checks and not conf.trust, "expected with " + mode),
-        ("pin", how == "pin" and not conf.pin, "expected with " + mode),
-        ("key", conf.key and not conf.certificate, "has no effect without certificate"),
-        ("permit", server and not checks and any(identity != "*" for identity, _ in conf.permit or ()),
-         "names need client_certificate = request or require")]
-    rules += [(option, not checks and getattr(conf, option), "has no effect with " + mode)
-              for option in ["trust", "crl"] + ["pin"] * server]
-    faults += [conf.at(option) + text for option, bad, text in rules
-               if bad and (getattr(conf, option) is not None or option not in given)]      # A bad value has its fault.
+    if role in (SERVER, CLIENT):
+        rules = _rules(conf, role == SERVER, bad)
+    else:
+        rules = [("role", role is None and "role" not in given,
+                  "required: server (in front of upsd) or client (in front of upsmon, upsc, ...)")]
+    faults += [conf.at(option) + text
+               for option, broken, text in rules if broken and option not in bad]
     return conf
 
 
-def check_config(path, user=None, chroot=None):
-    """-> (configuration, {name: Credentials}, warnings); ConfigError with every fault there is."""
+def _parse(option, text, path):
+    """An option's value, None without a text; ValueError."""
+    if text is None:
+        return None
+    base, parts = os.path.dirname(path), text.split('"')
+    if not isinstance(option.parse, list):
+        return option.parse("".join(parts), base)
+    parts[::2] = [re.sub("[ \t]*,[ \t]*", "\n", part) for part in parts[::2]]    # Outside quotes.
+    return [option.parse[0](entry, base) for entry in "".join(parts).split("\n")]
+
+
+def _rules(conf, server, bad):
+    """What options ask of each other: (option, whether that is broken, what is wrong)."""
+    rules = [
+        ("certificate", server and not conf.certificate, "required (PEM; mkNUTcert.py makes it)"),
+        ("upstream", not conf.upstream, "required (the host of the server shim)"),
+        ("key", conf.key and not conf.certificate, "has no effect without certificate")]
+    option = "client_certificate" if server else "verify"
+    if option in bad:
+        return rules
+    how = getattr(conf, option)
+    checks = how not in ("none", "pin")
+    named = any(identity != "*" for identity, _ in server and conf.permit or ())
+    return rules + [
+        ("trust", checks and not conf.trust,
+         f"required with {option} = {how} (a PEM file, a folder, or system)"),
+        ("pin", how == "pin" and not conf.pin,
+         f"required with {option} = {how} (as 'nutshim.py -t' prints it on the server)"),
+        ("permit", named and not checks, "names need client_certificate = request or require")
+    ] + [(each, not checks and getattr(conf, each), f"has no effect with {option} = {how}")
+         for each in ["trust", "crl"] + ["pin"] * server]
+
+
+def check_config(path: str, user=None, chroot=None) -> tuple:
+    """-> (configuration, {name: Credentials}, warnings); ConfigError: all faults in line order."""
     conf, faults = read_config(path)
     conf.user, conf.chroot = user or conf.user, chroot or conf.chroot
     warnings, credentials = [], {}
     for shim in conf.shims:
         credentials[shim.name] = Credentials(shim, faults, warnings)
-        for option, value, text in (("verify", "none", "the server is not verified, anybody can pretend to be it"),
-                                    ("min_tls", "1.2", "TLS 1.2 is allowed"),
-                                    ("plaintext", "localhost", "loopback peers may go on without TLS")):
+        for option, value, text in (
+                ("verify", "none", "the server is not verified, anybody can pretend to be it"),
+                ("min_tls", "1.2", "TLS 1.2 is allowed"),
+                ("plaintext", "localhost", "loopback peers may go on without TLS")):
             if getattr(shim, option, None) == value:
                 warnings.append(shim.at(option) + text)
     try:
@@ -370,6 +599,7 @@ def check_config(path, user=None, chroot=None):
     if conf.chroot and not os.path.isdir(conf.chroot):
         faults.append(conf.at("chroot") + f"{conf.chroot} is no directory")
     if faults:
+        faults.sort(key=lambda fault: int(fault[len(conf.path) + 1:].partition(":")[0]))
         raise ConfigError("\n".join(faults))
     return conf, credentials, warnings
 
@@ -377,12 +607,12 @@ def check_config(path, user=None, chroot=None):
 # --- Protocol core: bytes in, bytes and facts out ------------------------------------------------
 
 STATELESS = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP"))
-# What may be sent again when a kept session turns out dead: it does nothing outside that session.
-REPEATABLE = STATELESS | {b"USERNAME", b"PASSWORD"}
-NOTED = frozenset((b"USERNAME", b"LOGIN", b"ATTACH"))
+IDENTIFYING = frozenset((b"USERNAME", b"LOGIN", b"ATTACH"))
 _READ = STATELESS | {b"LOGOUT", b"DETACH"}
 _MONITOR = _READ | {b"USERNAME", b"PASSWORD", b"LOGIN", b"ATTACH"}
-CLASSES = {"read": _READ, "monitor": _MONITOR, "primary": _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}, "admin": None}
+_PRIMARY = _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}
+KNOWN_VERBS = _PRIMARY | {b"STARTTLS", b"SET", b"INSTCMD"}
+CLASSES = {"read": _READ, "monitor": _MONITOR, "primary": _PRIMARY, "admin": None}
 
 OK_STARTTLS = b"OK STARTTLS\n"
 OK_GOODBYE = b"OK Goodbye\n"
@@ -391,29 +621,35 @@ ALREADY_TLS = b"ERR ALREADY-SSL-MODE\n"
 NO_TLS_HERE = b"ERR FEATURE-NOT-CONFIGURED\n"
 ACCESS_DENIED = b"ERR ACCESS-DENIED\n"
 
-# One stateless command without quotes and the like: what nearly all traffic is. Clients repeat themselves.
-_one_command = functools.lru_cache(256)(
-    re.compile(rb'(?:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n', re.I).fullmatch)
+# What upsd makes of a line (NUT common/parseconf.c). A quote counts at the start of a word only.
 _odd = re.compile(rb'["#=\\\x00-\x08\x0e-\x1f\x80-\xff]').search
-_START, _WORD, _WORD_ESCAPE, _QUOTE, _QUOTE_ESCAPE, _COMMENT = range(6)
+_token = re.compile(rb"""
+    " (?P<quoted> (?: [^"\\] | \\. )* ) "
+    | (?P<word> (?: [^\s"\#=\\] | \\. ) (?: [^\s\#=\\] | \\. )* ) (?= [\s\#=] )
+    | (?P<equals> = )
+    | (?P<end> (?: \#[^\n]* )? \n )
+    | [ \t\v\f\r]+ """, re.VERBOSE | re.DOTALL).match
+_unescape = functools.partial(re.compile(rb"\\(.)", re.DOTALL).sub, rb"\1")
+_without_escapes = functools.partial(re.compile(rb"\\.", re.DOTALL).sub, b"")
+_DROPPED = bytes(range(0x20)) + bytes(range(0x80, 0x100))
+
+# Whole stateless commands with nothing odd in them: what nearly all traffic is.
+_stateless_lines = re.compile(
+    rb"(?:(?:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+",
+    re.I).fullmatch
 
 
 class Commands:
-    """Cuts a client's bytes into commands exactly as upsd does (NUT common/parseconf.c).
+    """Cuts a client's bytes into commands exactly as upsd does.
 
-    feed() returns (raw, words, odd) of each whole command.  odd marks what versions of upsd read in
-    different ways: # or a newline in quotes, an escaped newline.
+    feed() returns (raw, words, odd) of each whole command.  odd marks what versions of upsd read
+    in different ways: # or a newline in quotes, an escaped newline.
     """
-    __slots__ = ("limit", "pending", "_slow", "_state", "_word", "_words", "_was_odd")
+    __slots__ = ("limit", "pending")
 
     def __init__(self, limit: int = MAX_COMMAND):
         self.limit = limit
         self.pending = b""         # The bytes of a command that is not whole yet.
-        self._slow = False
-        self._begin()
-
-    def _begin(self):
-        self._state, self._word, self._words, self._was_odd = _START, b"", [], False
 
     def _check(self, raw):
         if len(raw) > self.limit:
@@ -421,50 +657,33 @@ class Commands:
         return raw
 
     def feed(self, data: bytes) -> list:
-        if not self._slow:
-            data, self.pending = self.pending + data, b""
-            if not _odd(data):
-                lines = data.split(b"\n")
-                self.pending = self._check(lines.pop())
-                return [(self._check(line + b"\n"), line.split(), False) for line in lines]
-        commands = []
-        raw, word, state = bytearray(self.pending), bytearray(self._word), self._state
-        for byte in data:
-            raw.append(byte)
-            kept = 0x20 <= byte <= 0x7f
-            if state in (_WORD_ESCAPE, _QUOTE_ESCAPE):
-                state -= 1
-                self._was_odd |= byte == 10
-            elif state == _QUOTE:
-                self._was_odd |= byte in b"#\n"
-                if byte in b'"\\':
-                    kept, state = False, _START if byte == 0x22 else _QUOTE_ESCAPE
-                    if byte == 0x22:
-                        self._words.append(bytes(word))
-                        word.clear()
-            elif state == _COMMENT and byte != 10:
-                continue
-            elif byte in b"\n \t\v\f\r#=":
-                if state == _WORD:
-                    self._words.append(bytes(word))
-                    word.clear()
-                kept, state = False, _COMMENT if byte == 0x23 else _START
-                if byte == 0x3d:
-                    self._words.append(b"=")
-                elif byte == 10:
-                    commands.append((bytes(self._check(raw)), self._words, self._was_odd))
-                    raw.clear()
-                    self._begin()
-            elif byte == 0x5c:
-                kept, state = False, _WORD_ESCAPE
-            elif byte == 0x22 and state == _START:
-                kept, state = False, _QUOTE
-            else:
-                state = _WORD
-            if kept:
-                word.append(byte)
-        self.pending, self._word, self._state = bytes(self._check(raw)), bytes(word), state
-        self._slow = bool(raw)
+        whole = b"\n" in data
+        data = self.pending + data
+        if not whole:                   # A slow writer's bytes are not looked at again and again.
+            self.pending = self._check(data)
+            return []
+        if not _odd(data):
+            lines = data.split(b"\n")
+            self.pending = self._check(lines.pop())
+            return [(self._check(line + b"\n"), line.split(None, MAX_WORDS)[:MAX_WORDS], False)
+                    for line in lines]
+        commands, words, odd, start = [], [], False, 0
+        token = _token(data)
+        while token:
+            kind, end = token.lastgroup, token.end()
+            if kind == "end":
+                commands.append((self._check(data[start:end]), words, odd))
+                words, odd, start = [], False, end
+            elif kind:
+                text = token[kind]
+                odd = odd or b"\n" in text or b"#" in _without_escapes(text)
+                if len(words) < MAX_WORDS:
+                    words.append(_unescape(text).translate(None, _DROPPED))
+            token = _token(data, end)
+        self.pending = self._check(data[start:])
+        if self.pending.count(b"\n") > MAX_COMMAND_LINES:
+            raise ProtocolError(Reason.BAD_LINE,
+                                f"a command of more than {MAX_COMMAND_LINES} lines")
         return commands
 
 
@@ -473,63 +692,55 @@ class Replies:
 
     A line ends at its newline or, cut by upsd without one, at byte 512.
     """
-    __slots__ = ("_head", "_length", "_list", "whole", "cut")
+    __slots__ = ("_head", "_length", "_list", "whole")
 
     def __init__(self):
         self._head = b""        # The start of an unfinished line, enough to tell what it is.
         self._length = 0        # Its bytes so far.
         self._list = False
         self.whole = True       # No reply is under way.
-        self.cut = False        # A line was cut: with another upsd the framing may be wrong.
 
     def feed(self, data: bytes) -> list:
-        """Where in data each reply ends."""
-        ends, start, size = [], 0, len(data)
+        """(where it ends in data, the start of its last line) of each reply that ends there."""
+        replies, start, size = [], 0, len(data)
         while start < size:
             most = start + MAX_REPLY_LINE - self._length
             end = data.find(b"\n", start, most) + 1
-            head = (self._head + data[start:start + 10])[:10] if self._length else data[start:start + 10]
+            head = (self._head + data[start:min(end or size, start + 10)])[:10]
             if not end and most > size:
                 self._head, self._length = head, self._length + size - start
                 break
-            if not end:
-                end, self.cut = most, True
-            if head[:10] == b"BEGIN LIST" and not self._list:
+            end = end or most
+            if head == b"BEGIN LIST" and not self._list:
                 self._list = True
-            elif not self._list or head[:8] == b"END LIST":
+            elif not self._list or head.startswith(b"END LIST"):
                 self._list = False
-                ends.append(end)
-            self._length, start = 0, end
+                replies.append((end, head))
+            self._head, self._length, start = b"", 0, end
         self.whole = not (self._length or self._list)
-        return ends
+        return replies
 
 
 class Conversation:
     """One NUT client's commands and upsd's replies, with the shim's own replies in their turn.
 
-    starttls: the reply to STARTTLS; allowed: the verbs of the access class, None for all; reuse:
-    LOGOUT of a stateless session is answered here, and upstream stays usable; trace: note every
-    command in seen.
+    starttls: the reply to STARTTLS; allowed: the verbs of the access class, None for all; trace:
+    note every command in seen.
     """
-    __slots__ = ("_starttls", "_allowed", "_reuse", "_trace", "_commands", "_replies", "local", "counted", "sent", "got", "seen", "stateless", "repeatable", "leaving", "refused")
+    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "_local", "_claims",
+                 "counted", "sent", "got", "seen", "facts", "refused")
 
-    def __init__(self, starttls: bytes, allowed=None, reuse: bool = False, trace: bool = False):
-        self._starttls, self._allowed, self._reuse, self._trace = starttls, allowed, reuse, trace
+    def __init__(self, starttls: bytes, allowed: Optional[frozenset] = None, trace: bool = False):
+        self._starttls, self._allowed, self._trace = starttls, allowed, trace
         self._commands, self._replies = Commands(), Replies()
-        self.counted = True    # False once the number of upsd's replies cannot be known.
-        self.local = ()         # A deque of (commands sent before it, reply), once one has to wait.
+        self._local: Deque = ()     # (commands sent before it, reply): a deque once one waits.
+        self._claims: Deque = ()    # (commands sent with it, verb, name), likewise.
+        self.counted = True     # False once the number of upsd's replies cannot be known.
         self.sent = 0           # Commands passed to upsd.
         self.got = 0            # Replies that have ended.
-        self.seen: list = []    # (verb, words) for the log; whoever logs them empties it.
-        self.stateless = True   # Nothing but STATELESS was sent.
-        self.repeatable = True  # Nothing but REPEATABLE was sent.
-        self.leaving = False    # LOGOUT was answered here, or will be in its turn.
+        self.seen: list = []    # Lists of words for the log; whoever logs them empties it.
+        self.facts: list = []   # (verb, name) of what upsd has said OK to, likewise.
         self.refused = 0        # Commands answered with ACCESS-DENIED.
-
-    @property
-    def owed(self) -> int:
-        """Replies that upsd still has to give."""
-        return self.sent - self.got if self.counted else 0
 
     @property
     def busy(self) -> bool:
@@ -537,77 +748,70 @@ class Conversation:
         return self.sent > self.got or not self.counted
 
     @property
-    def clean(self) -> bool:
-        """Upstream is as good as new: only stateless commands, every reply in and whole."""
-        replies = self._replies
-        return self.stateless and self.sent == self.got and replies.whole and not replies.cut and not self.local
-
-    @property
-    def done(self) -> bool:
-        """The client said LOGOUT and has its answer."""
-        return self.leaving and not self.local
-
-    @property
-    def crowded(self) -> bool:
-        return len(self.local) > MAX_LOCAL_REPLIES
+    def waiting(self) -> int:
+        """Own replies that wait for their turn."""
+        return len(self._local)
 
     def from_client(self, data: bytes) -> tuple:
         """Bytes from the client -> (bytes for upsd, bytes for the client now)."""
-        if self.leaving:
-            return b"", b""
-        if len(data) < 128 and _one_command(data) and not self._commands.pending and not self._trace:
-            self.sent += 1
+        if not self._commands.pending and not self._trace and _stateless_lines(data):
+            self.sent += data.count(b"\n")
             return data, b""
         up: list = []
         back: list = []
-        commands = self._commands.feed(data)
-        for raw, words, odd in commands:
+        for raw, words, odd in self._commands.feed(data):
             verb = words[0].upper() if words else b""
-            if self._trace or verb in NOTED:
-                self.seen.append((verb, words))
+            if self._trace:
+                self.seen.append(words)
             if verb == b"STARTTLS":
                 self._answer(self._starttls, back)
-            elif (verb == b"LOGOUT" and len(words) == 1 and self._reuse and self.stateless
-                  and raw is commands[-1][0] and not self._commands.pending):
-                # With more behind it, upsd 2.8 goes on after LOGOUT: then upsd has to see it itself.
-                self._answer(OK_GOODBYE, back)
-                self.leaving = True
             elif self._allowed is not None and (odd or verb not in self._allowed):
                 self._answer(ACCESS_DENIED, back)
                 self.refused += 1
             else:
-                self.stateless = self.stateless and verb in STATELESS and not odd
-                self.repeatable = self.repeatable and verb in REPEATABLE and not odd
                 self.counted = self.counted and not odd
                 self.sent += 1
                 up.append(raw)
+                if verb in IDENTIFYING and len(words) == 2:
+                    self._claims = self._claims or collections.deque()
+                    if len(self._claims) < MAX_CLAIMS:
+                        self._claims.append((self.sent, verb, words[1]))
         return b"".join(up), b"".join(back)
 
     def _answer(self, reply, back):
-        if self.owed > 0:
-            if not self.local:
-                self.local = collections.deque()
-            self.local.append((self.sent, reply))
+        if self.counted and self.sent > self.got:
+            self._local = self._local or collections.deque()
+            self._local.append((self.sent, reply))
         else:
             back.append(reply)
 
     def from_upstream(self, data: bytes) -> bytes:
         """Bytes from upsd -> bytes for the client."""
         replies = self._replies
-        if not self.local:
-            if data.find(b"\n", 0, MAX_REPLY_LINE) == len(data) - 1 and replies.whole and data[:10] != b"BEGIN LIST":
-                self.got += 1
-            else:
-                self.got += len(replies.feed(data))
+        if (replies.whole and not self._local and not self._claims
+                and len(data) <= MAX_REPLY_LINE and data.endswith(b"\n")
+                and b"BEGIN LIST" not in data):
+            self.got += data.count(b"\n")
+            self._hold_against()
             return data
         parts, start = [], 0
-        for end in replies.feed(data):
+        for end, head in replies.feed(data):
             self.got += 1
-            while self.local and self.local[0][0] <= self.got:
-                parts += (data[start:end], self.local.popleft()[1])
+            while self._claims and self._claims[0][0] <= self.got:
+                number, verb, name = self._claims.popleft()
+                if self.counted and number == self.got and head.split() == [b"OK"]:
+                    self.facts.append((verb, name))
+            self._hold_against()
+            while self._local and (self._local[0][0] <= self.got or not self.counted):
+                parts += (data[start:end], self._local.popleft()[1])
                 start = end
         parts.append(data[start:])
         return b"".join(parts)
+
+    def _hold_against(self):
+        """More replies than commands: this upstream answers one command in two lines, or so."""
+        if self.got > self.sent:
+            self.counted = False
 
 
 class Greeting:
@@ -628,7 +832,7 @@ class Greeting:
             raise ProtocolError(Reason.BAD_LINE, "a NUL byte")
         data_all = self._commands.pending + data
         reply, consumed = b"", 0
-        for raw, words, _odd in self._commands.feed(data):
+        for raw, words, _odd_line in self._commands.feed(data):
             consumed += len(raw)
             verb = words[0].upper() if words else b""
             if verb == b"STARTTLS":
@@ -653,15 +857,157 @@ def starttls_reply(data: bytes) -> bool:
         raise ProtocolError(Reason.UPSTREAM, "bytes behind OK STARTTLS: response injection")
     if not newline and len(line) < MAX_REPLY_LINE:
         return False
-    if not newline or line.split() not in ([b"OK", b"STARTTLS"], [b"OK"]):     # The TLS-Shims answer a bare OK.
-        raise ProtocolError(Reason.UPSTREAM, f"no TLS there: STARTTLS was answered with '{printable(line[:80])}'")
+    # The TLS-Shims answer a bare OK.
+    if not newline or line.split() not in ([b"OK", b"STARTTLS"], [b"OK"]):
+        raise ProtocolError(Reason.UPSTREAM, f"no TLS there: STARTTLS was answered with "
+                                             f"'{printable(line[:80])}'")
     return True
 
 
-def printable(data) -> str:
+# The shared upstream session: many clients' questions, and each reply to the one who asked.
+
+Question = collections.namedtuple("Question", "raw head item tail alone")
+Question.__doc__ = """A command whose reply can be told from every other's.
+
+raw: its bytes; head: how the reply begins; item and tail: how a list's lines begin, and its last
+line; alone: its reply is any one line, so nothing else may be asked before that has come.
+"""
+_question_line = re.compile(rb"[!$-<>-\[\]-~]+(?: +[!$-<>-\[\]-~]+)*\r?\n").fullmatch
+_FORMS = {b"GET": {b"VAR": 2, b"TYPE": 2, b"DESC": 2, b"CMDDESC": 2, b"UPSDESC": 1, b"NUMLOGINS": 1},
+          b"LIST": {b"UPS": 0, b"VAR": 1, b"RW": 1, b"CMD": 1, b"CLIENT": 1, b"ENUM": 2, b"RANGE": 2}}
+
+
+@functools.lru_cache(256)
+def question(raw: bytes) -> Optional[Question]:
+    """The Question that one whole line is, or None: then it is not for a shared session."""
+    if len(raw) > MAX_QUESTION or not _question_line(raw):
+        return None
+    words = raw.split()
+    verb = words[0].upper()
+    if verb not in STATELESS:
+        return None
+    if verb not in _FORMS:
+        return Question(raw, b"", b"", b"", True) if len(words) == 1 else None
+    what = words[1].upper() if len(words) > 1 else b""
+    if _FORMS[verb].get(what) != len(words) - 2:
+        return None
+    item = b" ".join([what] + words[2:])            # upsd repeats the names as they were typed.
+    if verb == b"GET":
+        return Question(raw, item + b" ", b"", b"", False)
+    return Question(raw, b"BEGIN LIST " + item + b"\n", item + b" ", b"END LIST " + item + b"\n", False)
+
+
+class Questions:
+    """What is asked over one shared upstream session, and each reply held against its question.
+
+    Askers are opaque.  An asker that has left is None: its reply is dropped.
+    """
+    __slots__ = ("waiting", "sent", "fault", "_data", "_seen", "_in_list", "begun")
+
+    def __init__(self, waiting=()):
+        self.waiting: Deque = collections.deque(waiting)    # (asker, Question), not sent yet
+        self.sent: Deque = collections.deque()              # The same, sent and not answered.
+        self.fault = ""         # Why this session is not to be trusted any more.
+        self._data = b""        # The bytes of a reply that is not whole yet.
+        self._seen = 0          # How many of them have been held against the question.
+        self._in_list = False
+        self.begun = False      # Some of that reply has been handed out already.
+
+    def ask(self, asker, asked: Question):
+        self.waiting.append((asker, asked))
+
+    def to_send(self) -> bytes:
+        """The commands that may be sent now."""
+        commands = []
+        while self.waiting:
+            alone = self.waiting[0][1].alone or bool(self.sent) and self.sent[-1][1].alone
+            if alone and self.sent:
+                break
+            self.sent.append(self.waiting.popleft())
+            commands.append(self.sent[-1][1].raw)
+        return b"".join(commands)
+
+    def feed(self, data: bytes) -> list:
+        """(asker, bytes, whole) for each reply, or part of a long one; may set fault."""
+        answers, at = [], 0
+        self._data += data
+        while at < len(self._data) and not self.fault:
+            if not self.sent:
+                self._blame("a line that nobody asked for", at)
+                break
+            asker, asked = self.sent[0]
+            end = self._reply_end(asked, at)
+            if not end or self.fault:
+                break
+            if asked.alone and end < len(self._data):
+                self._blame("more than one line in reply to", at)
+                break
+            self.sent.popleft()
+            if asker is not None:
+                answers.append((asker, self._data[at:end], True))
+            at, self.begun = end, False
+        if at:
+            self._data, self._seen = self._data[at:], max(0, self._seen - at)
+        if self._seen > HIGH_WATER and not self.fault:                 # Too long to be held until it is whole.
+            if self.sent[0][0] is not None:
+                answers.append((self.sent[0][0], self._data[:self._seen], False))
+            self._data, self._seen, self.begun = self._data[self._seen:], 0, True
+        return answers
+
+    def _reply_end(self, asked, at):
+        """Where the reply that begins there ends; 0 when it is not whole."""
+        data, at = self._data, max(at, self._seen)
+        while True:
+            end = data.find(b"\n", at, at + MAX_REPLY_LINE) + 1
+            if not end:
+                if len(data) - at >= MAX_REPLY_LINE:
+                    self._blame("a line that was cut at 512 bytes in reply to", at)
+                self._seen = at
+                return 0
+            if self._in_list:
+                if data.startswith(asked.tail, at):
+                    self._in_list = False
+                    return end
+                if not data.startswith(asked.item, at):
+                    self._blame("an item of another list in reply to", at)
+                    return 0
+            elif data.startswith(b"ERR ", at):
+                return end
+            elif not _starts(data, at, asked.head):
+                self._blame("another answer in reply to", at)
+                return 0
+            elif not asked.tail:
+                return end
+            else:
+                self._in_list = True
+            at = end
+
+    def _blame(self, what, at):
+        asked = f" '{printable(self.sent[0][1].raw.strip())}'" if self.sent else ""
+        self.fault = f"{what}{asked}: '{printable(self._data[at:at + 60])}'"
+
+    def unanswered(self) -> list:
+        """(asker, Question) of all that can be asked again elsewhere, in their order."""
+        rest = list(self.sent)[1 if self.begun else 0:] + list(self.waiting)
+        return [each for each in rest if each[0] is not None]
+
+    def forget(self, asker) -> None:
+        """An asker has left: what it has not got yet is not asked, or not handed out."""
+        self.waiting = collections.deque(each for each in self.waiting if each[0] is not asker)
+        self.sent = collections.deque((None if who is asker else who, asked)
+                                      for who, asked in self.sent)
+
+
+def _starts(data, at, head):
+    """upsd repeats names as they were typed, but for those that it knows itself (server.info)."""
+    return data.startswith(head, at) or data[at:at + len(head)].lower() == head.lower()
+
+
+def printable(data: Union[bytes, str]) -> str:
     """A peer's bytes or text, made safe for a log line."""
     text = data.decode("latin-1") if isinstance(data, bytes) else data
-    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else f"\\x{ord(c):02x}"
+                   for c in text)
 
 
 # --- Certificates and TLS ------------------------------------------------------------------------
@@ -858,17 +1204,6 @@ class Credentials:
                     self._fault("crl", path, error)
 
 
-def handshake_step(sock):
-    """One step, in a handshake thread: -> READ or WRITE for the next one, or the Peer when done."""
-    try:
-        sock.do_handshake()
-    except ssl.SSLWantReadError:
-        return READ
-    except ssl.SSLWantWriteError:
-        return WRITE
-    return describe_peer(sock)
-
-
 def describe_peer(sock) -> Peer:
     der = sock.getpeercert(True)
     try:
@@ -913,18 +1248,17 @@ def days_text(not_after) -> str:
 
 # --- Log -----------------------------------------------------------------------------------------
 
-ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7         # As syslog's (RFC 5424 6.2.1).
-_LEVELS = {ERROR: "error: ", WARNING: "warning: ", NOTICE: "notice: ", INFO: "info: ", DEBUG: "debug: "}
+SYSLOG_PATHS = ("/dev/log", "/var/run/log", "/var/run/syslog")
 
 
 class Log:
-    """Lines to syslog, stderr or a file, without ever waiting: what cannot be written is lost, and counted.
+    """Lines to syslog, stderr or a file, without ever waiting: what cannot be written is counted.
 
     The loop holds the lines of one round and writes them together.
     """
 
     def __init__(self, debug: int = 0):
-        self.debug = debug                  # 1 and more: protocol words
+        self.debug = debug                  # 1: the steps of an opening; 2: protocol words too
         self.hold = False
         self.lines: list = []
         self._limited: dict = {}
@@ -932,15 +1266,7 @@ class Log:
         self.fd = -1
         self.use("stderr", 2)
 
-    @staticmethod
-    def open(target: str) -> int:
-        """The descriptor to use() for a target; OSError when its file cannot be written."""
-        if target in ("syslog", "stderr"):
-            return 2
-        # Root opens it in a folder that may be another user's, so a link is not followed.
-        return os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
-
-    def use(self, target: str, fd: int):
+    def use(self, target: str, fd: int) -> None:
         if self.fd > 2:
             os.close(self.fd)
         self.fd, self._syslog, self._second = fd, target == "syslog", None
@@ -949,31 +1275,35 @@ class Log:
             self._poll = select.poll()
             self._poll.register(fd, select.POLLOUT)
 
-    def __call__(self, level: int, text: str):
+    def __call__(self, level: int, text: str) -> None:
         for line in text.split("\n"):
             self.lines.append((level, line))
         if not self.hold:
             self.flush()
 
-    def limited(self, level: int, key, text: str):
-        """Not more often than every RATE_LIMIT seconds for the same key; says how many were left out."""
+    def limited(self, level: int, key, text: str) -> None:
+        """Not more often than every RATE_LIMIT seconds for a key; says how many were left out."""
         now = time.monotonic()
         since, left_out = self._limited.get(key, (-RATE_LIMIT, 0))
         if now - since < RATE_LIMIT:
             self._limited[key] = (since, left_out + 1)
         else:
             self._limited[key] = (now, 0)
-            self(level, text + f" (and {left_out} more since the last such line)" if left_out else text)
+            more = f" (and {left_out} more since the last such line)" if left_out else ""
+            self(level, text + more)
 
-    def flush(self):
+    def flush(self) -> None:
         lines, self.lines = self.lines, []
         note = [(WARNING, f"{self._lost} log lines were lost here")] if self._lost else []
         lines[:0] = note
         try:
-            (self._to_syslog if self._syslog else self._to_file)(lines)
+            if self._syslog:
+                self._to_syslog(lines)
+            else:
+                self._to_file(lines)
             self._lost = 0
         except OSError:
-            # lines holds what could not be written; the note about earlier losses is none of them.
+            # lines holds what could not be written; the note about earlier losses is not a line.
             self._lost = len(lines) + (self._lost - 1 if note and lines[:1] == note else 0)
 
     def _to_file(self, lines):
@@ -981,44 +1311,74 @@ class Log:
         if now != self._second:
             self._second = now
             self._stamp = time.strftime("%Y-%m-%d %H:%M:%S ") + f"nutshim[{os.getpid()}] "
-        data = "".join([self._stamp + _LEVELS[level] + text + "\n" for level, text in lines]).encode("utf-8", "replace")
-        while data:
-            cut = data.rfind(b"\n", 0, 4096) + 1 or 4096
-            if self._poll and not self._poll.poll(0):   # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
+        data = "".join([self._stamp + LEVELS[level] + text + "\n" for level, text in lines])
+        rest = data.encode("utf-8", "replace")
+        while rest:
+            cut = rest.rfind(b"\n", 0, 4096) + 1 or 4096
+            # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
+            if self._poll and not self._poll.poll(0):
                 raise BlockingIOError
-            os.write(self.fd, data[:cut])
-            del lines[:data.count(b"\n", 0, cut)]
-            data = data[cut:]
+            os.write(self.fd, rest[:cut])
+            del lines[:rest.count(b"\n", 0, cut)]
+            rest = rest[cut:]
 
     def _to_syslog(self, lines):
-        """The library's syslog() would wait for a syslogd that hangs, so its datagrams are made here (RFC 3164)."""
+        """The library's syslog() waits for a syslogd that hangs, so these are our own datagrams
+        (RFC 3164)."""
         if not self._sock:
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._sock.setblocking(False)
-            for path in ("/dev/log", "/var/run/log", "/var/run/syslog"):
+            for path in SYSLOG_PATHS:
                 if self._sock.connect_ex(path) == 0:
                     break
         try:
             while lines:
                 level, text = lines[0]
-                packet = f"<{3 * 8 + level}>{time.strftime('%b %e %H:%M:%S')} nutshim[{os.getpid()}]: {text}"
+                stamp = time.strftime("%b %e %H:%M:%S")
+                packet = f"<{3 * 8 + level}>{stamp} nutshim[{os.getpid()}]: {text}"
                 self._sock.send(packet.encode("utf-8", "replace")[:2048])
                 del lines[0]
         except BlockingIOError:
             raise
         except OSError:
-            self._sock.close()                      # syslogd was restarted: connect anew next time.
+            self._sock.close()              # syslogd was restarted: connect again next time.
             self._sock = None
             raise
 
 
-# --- Sockets and threads -------------------------------------------------------------------------
+def open_log(target: str, uid: int) -> int:
+    """The descriptor to use() for a target; OSError when its file cannot be written."""
+    if target in ("syslog", "stderr"):
+        return 2
+    if target in ("/dev/stdout", "/dev/stderr"):        # Links, in a folder that is root's.
+        return os.dup(1 if target == "/dev/stdout" else 2)
+    return open_own(target, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK, 0o640, uid)
+
+
+def open_own(path: str, flags: int, mode: int, uid: int) -> int:
+    """Open or make a file in a folder that may be another user's.
+
+    A link is not followed, and a plain file with another name elsewhere, or of a user other than
+    root, uid and the present one, is left alone: OSError.
+    """
+    fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and (info.st_nlink != 1
+                                       or info.st_uid not in (0, os.geteuid(), uid)):
+        os.close(fd)
+        whose = f"belongs to user {info.st_uid}" if info.st_nlink == 1 else "has another name too"
+        raise OSError(errno.EPERM, f"this file {whose}, so it is left alone; remove it")
+    return fd
+
+
+# --- Connections and workers ---------------------------------------------------------------------
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-_NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_NOT_NOW = (BlockingIOError, InterruptedError)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def numeric_family(host: str):
+def numeric_family(host: str) -> Optional[int]:
     """AF_INET or AF_INET6 of a numeric address, None of a name."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
@@ -1029,13 +1389,20 @@ def numeric_family(host: str):
     return None
 
 
-def address_text(address) -> str:
+def address_text(address: tuple) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host == "::1"
+
+
 def look_up(host: str, port: int) -> list:
-    """getaddrinfo() as [(family, address)], in its order; OSError. localhost needs no resolver (RFC 6761 6.3)."""
+    """getaddrinfo() as [(family, address)], in its order; OSError.
+
+    localhost needs no resolver (RFC 6761 6.3).
+    """
     if host == "localhost":
         return look_up("127.0.0.1", port) + look_up("::1", port)
     # Bytes, since a str needs the idna codec, which small boxes do not have.
@@ -1043,8 +1410,9 @@ def look_up(host: str, port: int) -> list:
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
-def tune(sock):
-    """No delay for small replies; find out about peers that have vanished; see slow readers' progress."""
+def tune(sock: socket.socket) -> None:
+    """No delay for small replies; find out about peers that have vanished."""
+    sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * HIGH_WATER)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1056,74 +1424,87 @@ def tune(sock):
 class Workers:
     """Threads that run jobs for the loop; see the thread contract above."""
 
-    def __init__(self, count, wake):
+    def __init__(self, count: int, wake: Callable):
         self._wake, self._jobs = wake, queue.SimpleQueue()
-        self.done = collections.deque()         # (session, then, result, error), from any thread
+        self.done: Deque = collections.deque()      # (then, result, error), from any thread
         for _ in range(count):
             threading.Thread(target=self._run, daemon=True).start()
 
-    def submit(self, session, job, then):
-        """Run job() in a thread, then then(result, error) in the loop's, on behalf of a session."""
-        self._jobs.put((session, job, then))
+    def submit(self, job: Callable, then: Callable) -> None:
+        """Run job() in a thread, then then(result, error) in the loop's."""
+        self._jobs.put((job, then))
 
-    def submit_look_up(self, host, port, then):
+    def submit_look_up(self, host: str, port: int, then: Callable) -> None:
         """In a thread of its own: a resolver that hangs must not hold up handshakes."""
-        threading.Thread(target=self._do, args=(None, lambda: look_up(host, port), then), daemon=True).start()
+        threading.Thread(target=self._do, args=(lambda: look_up(host, port), then),
+                         daemon=True).start()
 
     def _run(self):
         while True:
             try:
                 self._do(*self._jobs.get())
             except MemoryError:
-                pass                            # The session's deadline ends it; the thread must live.
+                pass                        # The session's deadline ends it; the thread must live.
 
-    def _do(self, session, job, then):
+    def _do(self, job, then):
         try:
-            self.done.append((session, then, job(), None))
-        except Exception as error:              # The loop tells a peer's fault from a bug.
-            self.done.append((session, then, None, error))
+            self.done.append((then, job(), None))
+        except Exception as error:          # The loop tells a peer's fault from a bug.
+            self.done.append((then, None, error))
         self._wake()
 
 
-_LAST = getattr(socket, "MSG_MORE", 0)      # With what is sent right before close(): one packet, not two.
-_buffer = bytearray(CHUNK)      # All reads go through it: a new 16 KiB object each time would cost more than the read.
+_buffer = bytearray(CHUNK)      # All reads go through it: a new 16 KiB object costs more than a read.
 _view = memoryview(_buffer)
 
 
-class Side:
-    """One socket in the loop, with the bytes that the kernel did not take yet."""
-    __slots__ = ("sock", "_fill", "_send", "session", "shim", "out", "mask", "eof", "busy", "closed", "error", "on_read", "on_write",
-                 "peer", "name", "_selector")
+class Connection:
+    """One socket in the loop, with the bytes that the kernel did not take yet.
 
-    def __init__(self, selector, sock, session, on_read=None):
-        self.session, self._selector = session, selector
-        self.adopt(sock)
-        self.on_read, self.on_write = on_read, self.flush
-        self.out, self.mask, self.error = b"", 0, ""    # error: how it ended, if not by a proper end.
-        self.eof = False                # Nothing more will come.
-        self.busy = False               # A handshake thread has the socket.
-        self.closed = False
-        self.peer = self.name = None    # The Peer, once TLS is up, and by what name it was asked for.
+    on_read is called when there is something for recv(); on_write when all that was sent has been
+    taken by the kernel, or the connection is up.
+    """
+    __slots__ = ("loop", "owner", "sock", "out", "mask", "on_read", "on_write", "more", "ended",
+                 "fault", "peer", "_wanted", "_ending", "_fill", "_send")
+
+    def __init__(self, loop, sock, owner=None, on_read=None):
+        self.loop, self.owner = loop, owner     # The owner is closed when a bug shows.
+        self.sock, self._send = sock, sock.send
+        self._fill = functools.partial(sock.recv_into, _buffer)
+        self.on_read, self.on_write = on_read, None
+        self.out = b""                  # What the kernel has not taken.
+        self.mask = self._wanted = 0    # Events registered; events asked for by want().
+        self.more = False               # recv() has something that select() does not see.
+        self.ended = False              # The peer's side has ended.
+        self.fault = ""                 # How, if not by a proper end.
+        self.peer: Optional[Peer] = None    # Who it is, where there is TLS.
+        self._ending = False            # Our side ends once out is empty.
         if on_read:
             self.want(READ)
 
-    def adopt(self, sock):
-        """Take a socket, or the TLS socket that was made of it."""
-        self.sock, self._send = sock, sock.send
-        self._fill = functools.partial(*(sock.read, CHUNK, _buffer) if isinstance(sock, ssl.SSLSocket)
-                                       else (sock.recv_into, _buffer))
+    def want(self, mask: int) -> None:
+        """Which events are asked for; bytes that wait to be sent are seen to anyway."""
+        self._wanted = mask
+        self._register()
+        if self.more and mask & READ:
+            self.loop.again.append(self)
 
-    def want(self, mask):
+    def _register(self):
+        mask = self._wanted | (WRITE if self.out else 0)
         if mask != self.mask:
             if not mask:
-                self._selector.unregister(self.sock)
+                self.loop.selector.unregister(self.sock)
             elif self.mask:
-                self._selector.modify(self.sock, mask, self)
+                self.loop.selector.modify(self.sock, mask, self)
             else:
-                self._selector.register(self.sock, mask, self)
+                self.loop.selector.register(self.sock, mask, self)
             self.mask = mask
 
-    def recv(self):
+    def go_on(self) -> None:
+        if self.more and self.mask & READ:
+            self.on_read()
+
+    def recv(self) -> Optional[bytes]:
         """Bytes; b"" at the end, however it came; None when there is nothing yet."""
         try:
             size = self._fill()
@@ -1132,699 +1513,1497 @@ class Side:
         except _NOT_NOW:
             return None
         except OSError as error:
-            if not isinstance(error, ssl.SSLZeroReturnError):
-                self.error = tls_error(error)
-        self.eof = True
+            self.fault = tls_error(error)
+        self.ended = True
         return b""
 
-    def send(self, data, flags=0):
-        """Send what the kernel takes now, keep the rest for flush()."""
+    def discard(self) -> bool:
+        """Read without looking; whether the peer's side has ended."""
+        try:
+            return not self._fill()
+        except _NOT_NOW:
+            return False
+        except OSError:
+            return True
+
+    def send(self, data: bytes) -> None:
+        """Send what the kernel takes now, keep the rest."""
         if self.out:
             self.out += data
             return
         try:
-            sent = self._send(data, flags)
+            sent = self._send(data)
             while sent < len(data):
                 data = data[sent:]
                 sent = self._send(data)
         except _NOT_NOW:
             self.out = bytearray(data)
-            self.want(self.mask | WRITE)
+            self._register()
         except OSError:
-            self.want(self.mask | READ)             # What is wrong shows when it is read.
+            self.want(self._wanted | READ)      # What is wrong shows when it is read.
 
-    def flush(self):
+    def writable(self) -> None:
         try:
             while self.out:
                 del self.out[:self._send(self.out)]
         except _NOT_NOW:
             return
         except OSError:
-            pass
+            pass                                # As in send().
         self.out = b""
-        self.want(self.mask & ~WRITE)
+        if self._ending:
+            self._shut()
+        self._register()
+        if self.on_write:
+            self.on_write()
 
-    def half_close(self):
-        """Tell the peer that nothing more will come, and go on reading."""
+    def end(self) -> None:
+        """Our side ends behind what was sent; reading goes on."""
+        self._ending = True
+        if not self.out:
+            self._shut()
+
+    def _shut(self):
         try:
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)       # SSLSocket's own would drop TLS.
+            self.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            pass
+            pass                                # The peer was faster.
 
-    def settled(self):
-        """Nothing is unread, and the peer has acknowledged everything: close() loses nothing."""
-        try:
-            if socket.socket.recv(self.sock, 1, socket.MSG_PEEK):
-                return False
-        except BlockingIOError:
-            pass
-        except OSError:
-            return True
-        try:
-            return not any(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))
-        except OSError:
-            return False                            # Only Linux tells of the latter.
-
-    def say_goodbye(self):
-        """The same with TLS's close_notify; what still comes is not read as TLS any more."""
-        try:
-            if self.peer and not self.eof:
-                self.sock.unwrap()
-        except (OSError, ValueError):
-            pass
-        self._fill = functools.partial(socket.socket.recv_into, self.sock, _buffer)
-        self.peer = None
-        self.half_close()
-
-    def close(self):
-        """Idempotent; with TLS a close_notify goes first. A busy socket is closed when its thread is done."""
-        self.want(0)
-        self.closed = True
-        self.session = self.on_read = self.on_write = None      # No cycle, so a session's memory is free at once.
-        if self.sock and not self.busy:
-            if self.peer:
-                self.say_goodbye()
+    def close(self) -> None:
+        """Idempotent. What the kernel has taken still goes out."""
+        if self.sock:
+            self.more = False
+            self.out = b""
+            self.want(0)
             self.sock.close()
-            self.sock = self._fill = self._send = None
+            # No cycle, so a session's memory is free at once.
+            self.sock = self.owner = self.on_read = self.on_write = self._fill = self._send = None
+
+
+class Engine:
+    """The TLS of one connection between two memory buffers; see Threads above."""
+    __slots__ = ("tls", "name", "incoming", "outgoing")
+
+    def __init__(self, context: ssl.SSLContext, server: bool, name: Optional[bytes] = None,
+                 ticket: Optional[ssl.SSLSession] = None):
+        self.name, self.incoming, self.outgoing = name, ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server, name, ticket)
+
+    def shake(self, data: Optional[bytes]) -> tuple:
+        """A step of the handshake, in a thread; b"" is the peer's end, None the first step.
+
+        -> (bytes to send, the Peer once it is done or the exception that ends it, bytes left over)
+        """
+        rest = memoryview(data or b"")
+        outcome = None
+        try:
+            if data == b"":
+                self.incoming.write_eof()
+            while outcome is None:
+                if rest:
+                    self.incoming.write(rest[:PIECE])
+                    rest = rest[PIECE:]
+                try:
+                    self.tls.do_handshake()
+                    outcome = describe_peer(self.tls)
+                except ssl.SSLWantReadError:
+                    if not rest:
+                        break
+        except (OSError, ValueError) as error:
+            outcome = error
+        return self.outgoing.read(), outcome, bytes(rest)
+
+
+class TlsConnection(Connection):
+    """A Connection whose bytes are TLS's; it takes the place of the plain one after a handshake."""
+    __slots__ = ("engine", "_rest", "_piece", "_excess", "_incoming", "_outgoing", "_feed",
+                 "_decrypt", "_encrypt", "_made")
+
+    def __init__(self, plain: Connection, engine: Engine, peer: Peer, piece: int, rest: bytes):
+        super().__init__(plain.loop, plain.sock, plain.owner)
+        self.out, self.engine, self.peer = plain.out, engine, peer
+        self._piece = piece             # bytes of data a record, at the most
+        self._rest = rest               # Received, and not fed to the engine yet.
+        self._excess = 0                # Bytes of TLS that carried nothing.
+        self._incoming, self._outgoing = engine.incoming, engine.outgoing
+        self._feed, self._made = engine.incoming.write, engine.outgoing.read
+        # Past SSLObject's methods, which only pass on: one call less each.
+        tls = getattr(engine.tls, "_sslobj", engine.tls)
+        self._encrypt, self._decrypt = tls.write, functools.partial(tls.read, CHUNK, _buffer)
+        self.more = bool(rest or engine.incoming.pending)
+        plain.out = b""
+        plain.want(0)
+        plain.sock = None
+        self._register()
+
+    def recv(self) -> Optional[bytes]:
+        """One read of the socket, and what comes out of it: no peer can keep the loop longer."""
+        rest, self._rest = self._rest, b""
+        if self.more:
+            self.more = False
+            if self.ended:
+                return b""
+        else:
+            try:
+                size = self._fill()
+            except _NOT_NOW:
+                return None
+            except OSError as error:
+                self.fault, size = tls_error(error), 0
+            if not size:                    # With or without a close_notify: an end is an end.
+                self.ended = True
+                return b""
+            self._excess += size
+            if size > PIECE:
+                rest = _view[PIECE:size].tobytes()
+                size = PIECE
+            self._feed(_view[:size])
+        data = self._decrypted(rest)
+        if self._excess > HIGH_WATER and not self.ended:
+            self.ended, self.fault = True, "its TLS is nearly all overhead"
+        if self._outgoing.pending:          # Alerts, key updates, tickets.
+            super().send(self._made())
+        if self.ended and data:
+            self.more = True                # The end is told by the next call.
+            self.loop.again.append(self)
+        return data if data or self.ended else None
+
+    def _decrypted(self, rest):
+        incoming, data = self._incoming, b""
+        try:
+            while True:
+                try:
+                    size = self._decrypt()
+                except ssl.SSLWantReadError:
+                    size = None
+                if size:
+                    data = data + _view[:size] if data else _view[:size].tobytes()
+                elif size == 0:
+                    self.ended = True
+                    break
+                if not incoming.pending:
+                    if not rest:
+                        break
+                    self._feed(rest[:PIECE])
+                    rest = rest[PIECE:]
+        except (OSError, ValueError) as error:
+            self.ended = True
+            if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
+                self.fault = tls_error(error)
+        self._excess = max(0, self._excess - OVERHEAD * len(data))
+        return data
+
+    def send(self, data: bytes) -> None:
+        piece = self._piece
+        try:
+            if len(data) <= piece:
+                self._encrypt(data)
+                made = self._made()
+            else:
+                records = []
+                for at in range(0, len(data), piece):
+                    self._encrypt(data[at:at + piece])
+                    records.append(self._made())
+                made = b"".join(records)
+        except OSError:
+            self.want(self._wanted | READ)      # What is wrong shows when it is read.
+            return
+        super().send(made)
+
+    def discard(self) -> bool:
+        """Our close_notify is out, so TLS reads no more."""
+        self.more = False
+        return self.ended or super().discard()
+
+    def end(self) -> None:
+        """Our close_notify, then TCP's end (RFC 8446 6.1)."""
+        if not self._ending:
+            self._say_close_notify()
+        super().end()
+
+    def _say_close_notify(self):
+        """Behind what was sent. What the peer has sent is read first: unwrap() would take offence."""
+        self._decrypted(self._rest)
+        self._rest = b""
+        try:
+            self.engine.tls.unwrap()
+        except (OSError, ValueError):           # Nearly always: it wants the peer's.
+            pass
+        if self._outgoing.pending:
+            super().send(self._made())
+
+    def close(self) -> None:
+        if self.sock and not self._ending:
+            self._ending = True
+            self._say_close_notify()
+        super().close()
+        self.engine = self._incoming = self._outgoing = None
+        self._feed = self._decrypt = self._encrypt = self._made = None
+
+
+# --- Openings: what is told in order -------------------------------------------------------------
+
+
+class Late(Exception):
+    """Raised in an opening whose deadline has passed."""
+
+
+class Task:
+    """A coroutine of the loop. What it awaits with until() calls it back; then(result, error).
+
+    error is a peer's fault, or Late; anything else is a bug, which ends the owner.
+    """
+    __slots__ = ("_loop", "_owner", "_coroutine", "_then", "_turn")
+
+    def __init__(self, loop, owner, coroutine, then: Callable):
+        self._loop, self._owner = loop, owner
+        self._coroutine, self._then, self._turn = coroutine, then, 0
+
+    def start(self) -> Task:
+        self._go(0)
+        return self
+
+    def _go(self, turn, value=None, error=None):
+        if turn != self._turn:              # Called back by something that it no longer awaits.
+            return
+        self._turn += 1
+        try:
+            try:
+                arm = self._coroutine.throw(error) if error else self._coroutine.send(value)
+            except StopIteration as done:
+                self._turn = -1
+                self._then(done.value, None)
+            except (ProtocolError, OSError, Late) as failure:
+                self._turn = -1
+                self._then(None, failure)
+            else:
+                arm(functools.partial(self._go, self._turn))
+        except Exception as bug:
+            self._loop.fault(self._owner, bug)
+
+    def late(self) -> None:
+        self._go(self._turn, error=Late())
+
+    def cancel(self) -> None:
+        self._turn = -1
+        self._coroutine.close()
+
+
+@types.coroutine
+def until(arm: Callable):
+    """In a Task: hand arm() a function and wait until that is called with (result, error)."""
+    return (yield arm)
+
+
+async def ready(conn: Connection, mask: int) -> None:
+    """Wait until a connection can be read, or is up."""
+    def arm(resume):
+        conn.on_read = conn.on_write = resume
+        conn.want(mask)
+    await until(arm)
+    conn.want(0)
+
+
+async def received(conn: Connection) -> bytes:
+    """Wait for bytes; b"" at the end."""
+    while True:
+        await ready(conn, READ)
+        data = conn.recv()
+        if data is not None:
+            return data
+
+
+async def in_thread(loop, job: Callable):
+    return await until(lambda resume: loop.workers.submit(job, resume))
+
+
+async def connected(loop, owner, family: int, address: tuple) -> Connection:
+    """A TCP connection to one address; OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    conn = Connection(loop, sock, owner)
+    try:
+        tune(sock)
+        code = sock.connect_ex(address)
+        if code in (0, errno.EINPROGRESS):
+            await ready(conn, WRITE)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        return conn
+    except BaseException:
+        conn.close()
+        raise
+
+
+async def ask_for_tls(conn: Connection) -> None:
+    """STARTTLS and its answer (RFC 9271 4.2.12)."""
+    conn.send(b"STARTTLS\n")
+    answer = b""
+    while not starttls_reply(answer):
+        data = await received(conn)
+        if not data:
+            raise ProtocolError(Reason.UPSTREAM,
+                                f"closed before it answered STARTTLS {conn.fault}".strip())
+        answer += data
+
+
+async def secured(conn: Connection, engine: Engine, server: bool,
+                  name: Optional[bytes] = None) -> TlsConnection:
+    """The TLS handshake; ProtocolError says why there is none."""
+    data = await received(conn) if server else None     # The client speaks first.
+    size = 0
+    while True:
+        fault = conn.fault
+        step = functools.partial(engine.shake, data)
+        made, outcome, rest = await in_thread(conn.loop, step)
+        if made:
+            conn.send(made)
+        if isinstance(outcome, Peer):
+            return TlsConnection(conn, engine, outcome, PIECE if server else RECORD, rest)
+        if outcome:
+            text = fault or tls_error(outcome, name and name.decode())
+            raise ProtocolError(Reason.TLS, text) from outcome
+        data = await received(conn)
+        size += len(data)
+        if size > MAX_HANDSHAKE:
+            raise ProtocolError(Reason.TLS, f"a handshake of more than {MAX_HANDSHAKE} bytes")
 
 
 # --- Sessions ------------------------------------------------------------------------------------
 
-GREETING, HANDSHAKE = "greeting", "handshake"       # A server shim's client: lines before TLS, then TLS.
-DIAL = "connecting"         # Look-up and TCP, and for a client shim STARTTLS and TLS, with upstream.
-RELAY, ENDING, CLOSED = "relaying", "ending", "closed"
+OPENING, RELAY, DRAIN = "opening", "relaying", "draining"
+ENDING, CLOSED = "ending", "closed"
+
+# What happens, by state: client readable, upstream readable, writable again, deadline.
+# OPENING is told by a coroutine; CLOSED is the end.
+_EVENTS = {RELAY: ("_commands", "_replies", "_settle", "_idle"),
+           DRAIN: ("_gone", "_replies", "_settle", "_over"),
+           ENDING: ("_discard", "_gone", "_last_words", "_over")}
 
 
 class Session:
-    """One NUT client's connection and the upstream session that serves it, from accept to close."""
-    __slots__ = ("loop", "shim", "number", "client", "upstream", "address", "state", "deadline", "began", "last",
-                 "talk", "greeting", "access", "user", "ups", "bytes_in", "bytes_out", "replay",
-                 "targets", "addresses", "target", "dial_end", "failures", "ending", "stopping", "prefix")
+    """One NUT client's connection and the upstream session that serves it, from accept to close.
 
-    def __init__(self, loop, shim, sock, address):
-        self.loop, self.shim, self.address = loop, shim, address
-        self.client = Side(loop.selector, sock, self)
-        self.upstream = self.talk = self.greeting = self.access = self.user = self.ups = self.target = None
-        self.replay = None          # What a kept upstream session was sent, until it answers.
-        self.state, self.stopping = GREETING, False
-        self.began = self.last = self.deadline = loop.now
-        self.bytes_in = self.bytes_out = 0
-        self.failures, self.ending = [], None
+    A server shim's client has an upstream session of its own once it is admitted. A client shim's
+    has none until it says something that is no question; its questions are asked over the shared
+    session, and count in asked until they are answered.
+    """
+    __slots__ = ("shim", "loop", "number", "address", "client", "upstream", "link", "state",
+                 "deadline", "began", "last", "talk", "access", "user", "ups", "bytes_in",
+                 "bytes_out", "opening", "backlog", "asked", "tries", "alone", "reason",
+                 "stopping")
+
+    def __init__(self, shim: Shim, sock: socket.socket, address: tuple):
+        self.shim, self.loop, self.address = shim, shim.loop, address
         self.number = shim.count(address)
-        self.prefix = f"[{shim.name}] #{self.number} {address_text(address)}: "
+        self.client = Connection(self.loop, sock, self)
+        self.upstream = self.link = self.talk = self.opening = self.reason = None
+        self.access = self.user = self.ups = None
+        self.began = self.last = self.loop.now
+        self.deadline = float("inf")
+        self.state = OPENING
+        self.bytes_in = self.bytes_out = 0
+        self.backlog = b""          # What the client has sent and nobody has looked at yet.
+        self.asked = 0              # Questions over the shared session that are unanswered.
+        self.tries = 0              # How often they had to be asked again.
+        self.alone = False          # From its next command on it gets a session of its own.
+        self.stopping = False       # The replies under way, then the end.
 
-    def start(self):
+    def start(self) -> None:
         self.log(INFO, "opened")
         if self.shim.server:
-            self.greeting = Greeting()
-            self.client.on_read = self._greet
-            self._until(self.shim.conf.handshake_timeout)
-            self.client.want(READ)
-            return
-        self._start_talk(NO_TLS_HERE)
-        kept = self.shim.take_kept()
-        if kept:
-            self.replay = b""
-            self._relay_over(kept)
+            self._open(self._admitted())
         else:
-            self._dial()
+            self._enter(RELAY, self.shim.conf.idle_timeout)
+            self.client.want(READ)
 
-    def log(self, level, text):
-        self.loop.log(level, self.prefix + text)
+    def log(self, level: int, text: str) -> None:
+        self.loop.log(level, f"[{self.shim.name}] #{self.number} {address_text(self.address)}: {text}")
+
+    def tell(self, step: str, text: str, _done: bool = True) -> None:
+        """A step of an opening, for -D."""
+        if self.loop.log.debug:
+            self.log(DEBUG, f"{step}: {text}")
 
     def _until(self, seconds):
         """Past that deadline the loop calls expired()."""
         self.deadline = self.loop.now + seconds
         self.loop.watch(self.deadline)
 
-    # A server shim's client before upsd is reached.
+    def expired(self) -> None:
+        if self.state == OPENING:
+            self.opening.late()
+        else:
+            getattr(self, _EVENTS[self.state][3])()
 
-    def _greet(self):
-        data = self.client.recv()
-        if data is None:
-            return
-        if not data:
-            return self.close(Reason.NO_STARTTLS if self.greeting.refused else Reason.CLIENT, self.client.error)
-        self.bytes_in += len(data)
-        local = self.shim.conf.plaintext == "localhost" and is_loopback(self.address[0])
-        reply, verdict, plain = self.greeting.feed(data, local)
-        if self.loop.log.debug:
-            self.log(DEBUG, f"before TLS: {len(data)} bytes, {verdict or 'no STARTTLS yet'}")
-        if reply:
-            self.client.send(reply)
-        if verdict == "tls":
-            self.state = HANDSHAKE
-            self._start_tls(self.client, None)
-        elif verdict == "plain":
-            self.log(NOTICE, "goes on without TLS, as plaintext = localhost allows")
-            self.greeting = plain
-            self._admit(NO_TLS_HERE, [])
-        elif verdict:
-            self.finish(Reason.NO_STARTTLS if self.greeting.refused else Reason.LOGOUT)
+    def _enter(self, state, seconds):
+        """The one change of state, and with it of what happens."""
+        self.state = state
+        commands, replies, written, _ = _EVENTS[state]
+        self.client.on_read = getattr(self, commands)
+        self.client.on_write = getattr(self, written)
+        if self.upstream:
+            self.upstream.on_read, self.upstream.on_write = getattr(self, replies), self.client.on_write
+        self._until(seconds)
 
-    def _admit(self, starttls, identities):
-        """Find the access class, then connect to upsd: strangers never get that far."""
-        permit = self.shim.conf.permit
-        if permit is not None:
-            self.access = next((access for name, access in permit if name == "*" or name in identities), None)
+    # Opening.
+
+    def _open(self, steps):
+        self.state = OPENING
+        self.client.want(0)
+        self.opening = Task(self.loop, self, steps, self._opened)
+        self.opening.start()
+
+    async def _admitted(self):
+        """A server shim's client, before upsd is reached: strangers never get that far."""
+        conf, what = self.shim.conf, "STARTTLS"
+        self._until(conf.handshake_timeout)
+        try:
+            if await self._greeted() == "tls":
+                what = "end of the TLS handshake"
+                engine = Engine(self.shim.context, True)
+                self.client = await secured(self.client, engine, True)
+        except Late:
+            raise ProtocolError(Reason.TIMEOUT,
+                                f"no {what} within {conf.handshake_timeout} s") from None
+        self.loop.strangers.pop(self, None)
+        peer = self.client.peer
+        if peer:
+            self.shim.judge(peer)
+            self._tell_tls(peer)
+        if conf.permit is not None:
+            identities = peer.names + [peer.pin] if peer and peer.pin else []
+            self.access = next((access for name, access in conf.permit
+                                if name == "*" or name in identities), None)
             if self.access is None:
                 self.client.send(ACCESS_DENIED)
-                return self.finish(Reason.PERMIT, ", ".join(identities) or "no certificate")
+                raise ProtocolError(Reason.PERMIT, ", ".join(identities) or "no certificate")
             self.log(INFO, f"access class {self.access}")
-        self._start_talk(starttls)
-        self._dial()
+        return await self._dialled()
 
-    def _start_talk(self, starttls):
-        self.talk = Conversation(starttls, CLASSES.get(self.access), self.shim.reuse > 0, self.loop.log.debug > 0)
+    async def _greeted(self):
+        """Lines until STARTTLS, or those of a client that goes on without TLS."""
+        client, greeting = self.client, Greeting()
+        local = self.shim.conf.plaintext == "localhost" and is_loopback(self.address[0])
+        while True:
+            data = await received(client)
+            if not data:
+                reason = Reason.NO_STARTTLS if greeting.refused else Reason.CLIENT
+                raise ProtocolError(reason, client.fault)
+            self.bytes_in += len(data)
+            reply, verdict, self.backlog = greeting.feed(data, local)
+            self.tell("greeting", verdict or "no STARTTLS yet")
+            if reply:
+                client.send(reply)
+            if verdict == "plain":
+                self.log(NOTICE, "goes on without TLS, as plaintext = localhost allows")
+            elif verdict != "tls" and verdict:
+                raise ProtocolError(Reason.NO_STARTTLS if greeting.refused else Reason.LOGOUT)
+            if verdict:
+                return verdict
 
-    # TLS, with the client or with upstream.
+    def _tell_tls(self, peer):
+        who = ", ".join(peer.names) or peer.pin or "no certificate"
+        self.log(INFO, f"TLS up: {peer.version}, {peer.cipher}, {who}")
 
-    def _start_tls(self, side, name):
-        shim = self.shim
-        side.want(0)
-        side.name = name
-        try:
-            side.adopt(shim.context.wrap_socket(side.sock, shim.server, False, server_hostname=name,
-                                                session=shim.ticket(name)))
-        except (OSError, ValueError) as error:
-            side.eof = True                     # Reset by now; the socket went with it.
-            return self._tls_failed(side, Reason.TLS, tls_error(error))
-        self._handshake(side)
+    async def _dialled(self):
+        """An upstream session of its own; the dial has a deadline of its own."""
+        self.deadline = float("inf")
+        upstream = await dialled(self.shim, self, self.tell)
+        if upstream.peer:
+            self._tell_tls(upstream.peer)
+        return upstream
 
-    def _handshake(self, side):
-        sock = side.sock
-        side.want(0)
-        side.busy = True
-        self.loop.workers.submit(self, lambda: handshake_step(sock), lambda result, error: self._stepped(side, result, error))
-
-    def _stepped(self, side, result, error):
-        side.busy = False
-        if side.closed:
-            return side.close()
-        if isinstance(error, (OSError, ValueError)):
-            return self._tls_failed(side, Reason.TLS, tls_error(error, side.name and side.name.decode()))
+    def _opened(self, upstream, error):
+        self.opening = None
+        if isinstance(error, ProtocolError):
+            return self.finish(error.reason, str(error))
         if error:
-            raise error
-        if result in (READ, WRITE):
-            side.on_read = side.on_write = lambda: self._handshake(side)
-            return side.want(result)
-        side.peer = peer = result
-        if self.shim.context.verify_mode != ssl.CERT_NONE and peer.pin and peer.not_after < time.time():
-            return self._tls_failed(side, Reason.TLS, _VERIFY_WORDS[10])     # A resumed session skips the dates.
-        pins = self.shim.conf.pin
-        if pins and peer.pin not in pins and (peer.pin or not self.shim.server):
-            return self._tls_failed(side, Reason.PIN, f"it has {peer.pin}")
-        self.log(INFO, f"TLS up: {peer.version}, {peer.cipher}, {', '.join(peer.names) or peer.pin or 'no certificate'}")
-        if self.shim.server:
-            self._admit(ALREADY_TLS, peer.names + [peer.pin] if peer.pin else [])
-        else:
-            self._connected(side)
-
-    def _tls_failed(self, side, reason, text):
-        self.shim.drop_ticket(side.name)
-        if self.shim.server and side.eof:
-            self.close(reason, text)
-        elif self.shim.server:
-            self.finish(reason, text)           # Not close(), or a reset could overtake the alert.
-        else:
-            self._target_failed(text if reason is Reason.TLS else f"{reason.value}: {text}")
-
-    # Upstream: each address of each target in order, all within one deadline.
-
-    def _dial(self):
-        self.state = DIAL
-        self.client.want(0)
-        self.targets, self.addresses = list(self.shim.targets), []
-        self.dial_end = self.loop.now + self.shim.conf.handshake_timeout
-        self._next_address()
-
-    def _next_address(self):
-        if self.upstream:
-            self.upstream.close()
-            self.upstream = None
-        if not self.addresses:
-            if not self.targets:
-                return self.close(Reason.UPSTREAM, "; ".join(self.failures))
-            self.target = self.targets.pop(0)
-            self.addresses = self.target.resolve(self.loop, self._resolved)
-        self._until(max(0, self.dial_end - self.loop.now) / (len(self.targets) + max(1, len(self.addresses))))
-        if self.addresses:
-            self._connect(*self.addresses.pop(0))
-
-    def _resolved(self, target, error):
-        if self.state == DIAL and self.target is target and not self.upstream:
-            self.addresses = list(target.addresses)
-            if self.addresses:
-                self._next_address()
-            else:
-                self._target_failed(f"the name cannot be resolved: {error}")
-
-    def _connect(self, family, address):
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            return self.close(Reason.RESOURCES, error.strerror)
-        self.upstream = side = Side(self.loop.selector, sock, self)
-        sock.setblocking(False)
-        tune(sock)
-        code = sock.connect_ex(address)
-        if code not in (0, errno.EINPROGRESS):
-            return self._target_failed(os.strerror(code))
-        side.on_write = self._tcp_up
-        side.want(WRITE)
-
-    def _tcp_up(self):
-        side = self.upstream
-        code = side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            return self._target_failed(os.strerror(code))
-        side.on_write = side.flush
-        if self.shim.server:
-            return self._connected(side)
-        self.greeting = b""
-        side.on_read = self._starttls_answered
-        side.want(READ)
-        side.send(b"STARTTLS\n")
-
-    def _starttls_answered(self):
-        side = self.upstream
-        data = side.recv()
-        if data is None:
-            return
-        if not data:
-            return self._target_failed(f"closed before it answered STARTTLS {side.error}")
-        self.greeting += data
-        try:
-            if starttls_reply(self.greeting):
-                self._start_tls(side, self.shim.name_for(self.target))
-        except ProtocolError as error:
-            self._target_failed(str(error))
-
-    def _target_failed(self, text):
-        self.target.failed = failure = f"{self.target.text}: {text.strip()}"
-        self.failures.append(failure)
-        self._next_address()
-
-    def _connected(self, side):
-        self.target.failed = None
-        self.shim.counts["fresh"] += 1
-        self._relay_over(side)
-        if self.replay is not None:             # A kept session was dead: the same commands, once more.
-            replay, self.replay = self.replay, None
-            if replay:
-                side.send(replay)
-        elif self.shim.server and isinstance(self.greeting, bytes):
-            self._take(self.greeting)           # The first lines of a client without TLS.
+            return self.finish(Reason.TLS, tls_error(error))
+        self.upstream = upstream
+        upstream.owner = self
+        self.shim.counts["own"] += 1
+        self.talk = Conversation(ALREADY_TLS if self.client.peer else NO_TLS_HERE,
+                                 CLASSES.get(self.access), self.loop.log.debug > 1)
+        self.last = self.loop.now
+        self._enter(RELAY, self.shim.conf.idle_timeout)
+        self._settle()
 
     # Relaying.
 
-    def _relay_over(self, side):
-        self.upstream, side.session, self.state = side, self, RELAY
-        client = self.client
-        side.on_read, side.on_write = self._from_upstream, self._drained
-        client.on_read, client.on_write = self._from_client, self._drained
-        self.last = self.loop.now
-        self._until(self.shim.conf.idle_timeout)
-        side.want(READ)
-        client.want(READ)
-
-    def _from_client(self):
+    def _commands(self):
         data = self.client.recv()
         if data:
-            self._take(data)
+            self.last = self.loop.now
+            self.bytes_in += len(data)
+            if self.backlog:
+                data = self.backlog + data
+                self.backlog = b""
+            if len(data) > TURN:
+                self.backlog = data
+                self._turn()
+            else:
+                self._take(data)
         elif data is not None:
             self._client_ended()
 
-    def _take(self, data):
-        talk, client = self.talk, self.client
-        self.last = self.loop.now
-        self.bytes_in += len(data)
-        up, back = talk.from_client(data)
-        if talk.seen:
-            self._note(talk.seen)
-        if up:
-            if self.replay is not None:
-                self.replay = self.replay + up if len(self.replay) < CHUNK else None
-            self.upstream.send(up)
-        if back:
-            client.send(back, _LAST if talk.done else 0)
-        if client.out or self.upstream.out or talk.leaving or talk.local:
-            self._settle()
+    def _turn(self):
+        """Take from the backlog what upsd would in a turn."""
+        data = self.backlog
+        cut = data.rfind(b"\n", 0, TURN) + 1 or TURN
+        self.backlog = data[cut:]
+        self._take(data[:cut])
 
-    def _from_upstream(self):
-        data = self.upstream.recv()
-        if not data:
-            return data is None or self._upstream_ended()
-        talk = self.talk
-        self.last = self.loop.now
-        self.bytes_out += len(data)
-        self.replay = None
-        unusual = bool(talk.local) or talk.leaving or self.stopping
-        self.client.send(talk.from_upstream(data))
-        if unusual or self.client.out:
-            self._settle()
-
-    def _drained(self):
-        """A side takes bytes again."""
-        before = len(self.client.out)
-        self.client.flush()
-        if len(self.client.out) < before:
-            self.last = self.loop.now
-        if self.upstream:
-            self.upstream.flush()
+    def go_on(self) -> None:
+        """The loop's next round: what is left in the backlog has its turn."""
+        if self.state == RELAY and self.backlog:
+            self._turn()
         if self.state == RELAY:
             self._settle()
-        elif not self.client.out:
-            self.client.say_goodbye()
-            if self.client.eof:
-                self.close(Reason.CLIENT)
-            else:
-                self.client.want(READ)
+
+    def _take(self, data):
+        if self.talk is None:
+            return self._ask(data)
+        talk, client = self.talk, self.client
+        up, back = talk.from_client(data)
+        if talk.seen:
+            self._tell_commands(talk.seen)
+        if up:
+            self.upstream.send(up)
+        if back:
+            client.send(back)
+        if self.backlog or client.out or self.upstream.out or talk.waiting or self.stopping:
+            self._settle()
+
+    def _replies(self):
+        data = self.upstream.recv()
+        if not data:
+            if data is not None:
+                self._upstream_ended()
+            return
+        talk, client = self.talk, self.client
+        self.last = self.loop.now
+        self.bytes_out += len(data)
+        waiting = talk.waiting
+        client.send(talk.from_upstream(data))
+        if talk.facts:
+            self._identify(talk.facts)
+        if waiting or client.out or self.backlog or self.stopping or self.state == DRAIN:
+            self._settle()
 
     def _settle(self):
-        """What follows from bytes moved: LOGOUT, TERM, and who may be read while others cannot take more."""
-        talk, client, upstream = self.talk, self.client, self.upstream
-        if talk.done:
-            if self.shim.reuse and talk.clean:
-                self._release()
-            return self.finish(Reason.LOGOUT)
-        if self.stopping and not talk.busy:
-            return self.finish(Reason.STOP)
+        """What follows from bytes moved: who may be read while others cannot take more."""
+        client, upstream, talk = self.client, self.upstream, self.talk
+        busy = self.asked or bool(talk) and talk.busy
+        if (self.stopping or self.state == DRAIN) and not busy and not self.backlog:
+            return self.finish(Reason.STOP if self.stopping else Reason.CLIENT)
         full = len(client.out) > HIGH_WATER
-        wait = client.eof or full or upstream.out or self.stopping or talk.crowded
-        client.want((0 if wait else READ) | (WRITE if client.out else 0))
-        upstream.want((0 if full else READ) | (WRITE if upstream.out else 0))
+        wait = full or self.stopping or self.state == DRAIN
+        source = upstream or self.link and self.link.conn
+        if talk:
+            wait = wait or bool(upstream.out) or talk.waiting > MAX_LOCAL_REPLIES
+        if source:
+            source.want(0 if full else READ)
+        # A line that is not whole yet is no question yet.
+        more = self.backlog and (talk or b"\n" in self.backlog or len(self.backlog) > MAX_QUESTION)
+        if more and not wait and (talk or not self.asked):
+            self.loop.again.append(self)
+        client.want(0 if wait or more else READ)
         if full:
             self.loop.watch(self.last + STALL_LIMIT)
             self.deadline = min(self.deadline, self.last + STALL_LIMIT)
 
-    def _note(self, seen):
-        for verb, words in seen:
-            if self.loop.log.debug:
-                shown = printable(b" ".join(words if verb != b"PASSWORD" else [verb, b"..."]))
-                self.log(DEBUG, f"command '{shown}'")
-            if verb in NOTED and len(words) == 2:
-                if verb == b"USERNAME":
-                    self.user = printable(words[1])
-                else:
-                    self.ups = printable(words[1])
-                self.log(INFO, f"{verb.decode()} {printable(words[1])}")
+    def _tell_commands(self, seen):
+        for words in seen:
+            verb = words[0].upper() if words else b""
+            if verb == b"PASSWORD" or verb not in KNOWN_VERBS:      # It may be a password mistyped.
+                words = words[:1] + [b"..."] * (len(words) > 1)
+            self.log(DEBUG, f"command '{printable(b' '.join(words)[:MAX_QUESTION])}'")
         seen.clear()
+
+    def _identify(self, facts):
+        """What upsd has said OK to, once."""
+        for verb, name in facts:
+            name = printable(name[:MAX_QUESTION])
+            if verb == b"USERNAME" and self.user is None:
+                self.user = name
+            elif verb != b"USERNAME" and self.ups is None:
+                self.ups = name
+            else:
+                continue
+            self.log(INFO, f"{verb.decode()} {name}")
+        facts.clear()
+
+    # Without an upstream session of its own.
+
+    def _ask(self, data):
+        """Questions, up to what is none; that waits until they are answered."""
+        shim, at = self.shim.latest(), 0
+        if not self.asked:
+            self.shim = shim
+        shared = self.shim.shared
+        share = shim is self.shim and not self.alone and shared.open()
+        end = data.find(b"\n") + 1
+        while end and share and self.asked < MAX_LOCAL_REPLIES:
+            asked = question(data[at:end])
+            if not asked:
+                break
+            if self.loop.log.debug > 1:
+                self._tell_commands([asked.raw.split()])
+            shared.ask(self, asked)
+            self.asked += 1
+            at = end
+            end = data.find(b"\n", at) + 1
+        if at:
+            self.loop.strangers.pop(self, None)
+        rest = data[at:]
+        if rest or self.backlog or self.client.out:
+            self.backlog = rest + self.backlog
+            if rest and not self.asked and (end or len(rest) > MAX_QUESTION):
+                self._say_oneself(rest[:end - at] if end else rest)
+            else:
+                self._settle()
+
+    def _say_oneself(self, line):
+        """The first command that is no question: answered here, or over a session of its own."""
+        self.loop.strangers.pop(self, None)
+        words = line.split()
+        verb = words[0].upper() if len(words) == 1 and line.endswith(b"\n") else b""
+        if verb == b"STARTTLS":
+            self.client.send(NO_TLS_HERE)
+            self.backlog = self.backlog[len(line):]
+            self._settle()
+        # With more behind it, upsd goes on after LOGOUT: then upsd has to see it itself.
+        elif verb == b"LOGOUT" and len(line) == len(self.backlog):
+            self.client.send(OK_GOODBYE)
+            self.finish(Reason.LOGOUT)
+        else:
+            self.tell("upstream", "a session of its own")
+            self._open(self._dialled())
+
+    def answered(self, reply: bytes, whole: bool) -> None:
+        """From the shared session: a reply, or a part of a long one."""
+        if self.state not in (RELAY, DRAIN):
+            return
+        self.last = self.loop.now
+        self.bytes_out += len(reply)
+        self.client.send(reply)
+        if whole:
+            self.asked -= 1
+            self.tries = 0
+            if self.link and not self.asked:
+                self.shim.close_upstream(self.link.conn)
+                self.link = None
+        if len(self.client.out) > HIGH_WATER and self.asked and not self.link:
+            self.alone, self.link = True, self.shim.shared.give_away(self)
+        if self.client.out or self.backlog or self.stopping or self.link or self.state == DRAIN:
+            self._settle()
+
+    def ask_alone(self, commands: bytes) -> None:
+        """The shared session is given up: what is unanswered is asked over one of its own."""
+        if self.state not in (RELAY, DRAIN):
+            return
+        self.asked, self.alone = 0, True
+        self.backlog = commands + self.backlog
+        self._open(self._dialled())
 
     # Ends.
 
     def _client_ended(self):
-        if self.shim.reuse and self.talk.clean:
-            self._release()
-        elif self.talk.busy and not self.client.error:
-            # Half-closed: upsd learns of it at once, and its last replies still arrive.
-            self.upstream.half_close()
-            self._settle()
-            return self._until(DRAIN_LIMIT)
-        self.close(Reason.CLIENT, self.client.error)
+        if self.client.fault or not (self.asked or self.talk and self.talk.busy):
+            return self.close(Reason.CLIENT, self.client.fault)
+        # Half-closed: upsd learns of it at once, and its last replies still arrive.
+        if self.upstream:
+            self.upstream.end()
+        self._enter(DRAIN, DRAIN_LIMIT)
+        self._settle()
 
     def _upstream_ended(self):
-        if self.replay is not None and self.talk.repeatable and not self.stopping:
-            self.log(INFO, "the kept upstream session was dead: replaced")
-            self.upstream.close()
-            self.upstream = None
-            return self._dial()
-        self.finish(Reason.LOGOUT if self.talk.leaving else Reason.UPSD, self.upstream.error)
+        fault = self.upstream.fault
+        self.finish(Reason.LOST if fault else Reason.UPSD, fault)
 
-    def _release(self):
-        side, self.upstream = self.upstream, None
-        self.shim.keep(side)
+    def finish(self, reason: Reason, detail: str = "") -> None:
+        """The end, told to the client: what is on its way to it, our end, a wait for its own.
 
-    def finish(self, reason, detail=""):
-        """Send the client what is on its way to it, say goodbye, and wait a little for its own end.
-
-        A socket that is closed with bytes unread, or gets some afterwards, is reset and its last replies are lost.
+        A socket that is closed with bytes unread, or gets some afterwards, is reset: its last
+        replies are lost, and NUT's own programs die of SIGPIPE without a word.
         """
         client = self.client
-        if reason in ORDINARY and not client.out and (reason is Reason.LOGOUT or client.settled()):
-            return self.close(reason, detail)
         self._report(reason, detail)
-        self.state = ENDING
-        if self.upstream:
-            self.shim.close_upstream(self.upstream)
-            self.upstream = None
-        client.on_read, client.on_write = self._discard, self._drained
-        self._until(DRAIN_LIMIT)
-        self._drained()
+        self._let_go()
+        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
+            return self.close(reason)
+        client.end()
+        self._enter(ENDING, DRAIN_LIMIT)
+        client.want(READ)
 
     def _discard(self):
-        if self.client.recv() == b"":
-            if self.client.out and not self.client.error:
-                self.client.want(WRITE)
+        if self.client.discard():
+            self.client.ended = True
+            self._last_words()
+
+    def _last_words(self):
+        if self.client.ended:
+            if self.client.out:
+                self.client.want(0)
             else:
                 self.close(Reason.CLIENT)
 
-    def stop(self):
+    def _gone(self):
+        """Nothing is read on that side any more."""
+
+    def stop(self) -> None:
         """At TERM: the replies under way, no new commands."""
         self.stopping = True
-        if self.state == RELAY:
+        self.backlog = b""
+        if self.state in (RELAY, DRAIN):
             self._settle()
-        elif self.state != ENDING:
+        elif self.state == OPENING:
             self.close(Reason.STOP)
 
-    def expired(self):
+    def _idle(self):
         """The deadline has passed, unless activity has moved it."""
-        conf = self.shim.conf
-        if self.state == DIAL:
-            self._target_failed("no answer in time")
-        elif self.state == RELAY and not self.client.eof:
-            full = len(self.client.out) > HIGH_WATER
-            left = self.last + (STALL_LIMIT if full else conf.idle_timeout) - self.loop.now
-            if left > 0:
-                self._until(left)
-            else:
-                self.close(Reason.STALL if full else Reason.IDLE)
-        elif self.state in (GREETING, HANDSHAKE):
-            what = "STARTTLS" if self.state == GREETING else "end of the TLS handshake"
-            self.close(Reason.TIMEOUT, f"no {what} within {conf.handshake_timeout} s")
+        full = len(self.client.out) > HIGH_WATER
+        limit = STALL_LIMIT if full else self.shim.conf.idle_timeout
+        left = self.last + limit - self.loop.now
+        if left > 0:
+            self._until(left)
+        elif full:
+            self.close(Reason.STALL)
         else:
-            self.close(Reason.CLIENT)
+            self.finish(Reason.IDLE)
 
-    def close(self, reason, detail=""):
+    def _over(self):
+        self.close(Reason.CLIENT)
+
+    def _let_go(self):
+        """Of all but the client's connection."""
+        if self.opening:
+            self.opening.cancel()
+            self.opening = None
+        if self.asked:
+            self.shim.shared.forget(self)
+            self.asked = 0
+        for upstream in (self.upstream, self.link and self.link.conn):
+            if upstream:
+                self.shim.close_upstream(upstream)
+        self.upstream = self.link = None
+        self.backlog = b""
+
+    def close(self, reason: Reason, detail: str = "") -> None:
         """The one way down; idempotent."""
-        if self.state == CLOSED:
-            return
-        self.state = CLOSED
-        if self.upstream:
-            self.shim.close_upstream(self.upstream)
-        self.client.close()
-        self.loop.sessions.discard(self)
-        self.shim.discount(self.address)
-        self._report(reason, detail)
+        if self.state != CLOSED:
+            self._let_go()
+            self.state = CLOSED
+            self.client.close()
+            self.loop.sessions.discard(self)
+            self.loop.timed.discard(self)
+            self.loop.strangers.pop(self, None)
+            self.shim.discount(self.address)
+            self._report(reason, detail)
 
     def _report(self, reason, detail):
         """The one line that says why; the first reason is the true one."""
-        if self.ending:
+        if self.reason:
             return
-        self.ending = reason
-        ordinary = reason in ORDINARY and not (reason is Reason.UPSD and detail)
-        if not ordinary:
-            self.shim.refused[reason.value] += 1
-        why = f"{reason.value} ({detail})" if detail else reason.value
-        seconds = self.loop.now - self.began
-        text = f"closed: {why}, {seconds:.1f} s, {self.bytes_in} bytes in, {self.bytes_out} bytes out"
-        if reason is Reason.RESOURCES:
-            self.loop.log.limited(WARNING, reason, self.prefix + text)
+        self.reason = reason
+        if reason.level < INFO:
+            self.shim.refused[reason.words] += 1
+        why = f"{reason.words} ({detail})" if detail else reason.words
+        text = (f"closed: {why}, {self.loop.now - self.began:.1f} s, "
+                f"{self.bytes_in} bytes in, {self.bytes_out} bytes out")
+        if reason in (Reason.RESOURCES, Reason.MADE_ROOM):
+            self.loop.log.limited(reason.level, reason, f"[{self.shim.name}] {address_text(self.address)}: {text}")
         else:
-            self.log(INFO if ordinary else WARNING, text)
+            self.log(reason.level, text)
 
 
-def is_loopback(host):
-    return host.startswith("127.") or host == "::1"
-
-
-# --- Shims and upstream reuse --------------------------------------------------------------------
+# --- Upstream: dialling, and the shared session --------------------------------------------------
 
 
 class Target:
-    """One upstream and its addresses; these are looked up anew while the old ones serve."""
+    """One upstream and its addresses; a name is looked up while its old addresses serve."""
 
-    def __init__(self, host, port):
+    def __init__(self, host: str, port: int):
         self.host, self.port, self.text = host, port, address_text((host, port))
-        self.failed = None                      # The last failure, None when it works.
-        self._waiting = None                    # The callbacks of a look-up under way.
-        self.addresses, self._fresh_until = [], 0
+        self.fault = ""                         # Of the last dial, empty when it worked.
+        self.failed_at = 0                      # When that was, in seconds since 1970.
+        self.addresses: list = []               # [(family, address)], in the resolver's order
+        self.failures: dict = {}                # address -> when it failed, on the loop's clock
+        self._fresh_until = 0
+        self._waiting: Optional[list] = None    # Who wants to know of a look-up under way.
         if host == "localhost" or numeric_family(host):
             self.addresses, self._fresh_until = look_up(host, port), float("inf")
 
-    def resolve(self, loop, then):
-        """The addresses known; where there are none yet, then(self, error) is called later."""
-        if loop.now >= self._fresh_until:
-            if self._waiting is None:
-                loop.workers.submit_look_up(self.host, self.port, lambda found, error: self._resolved(loop, found, error))
-                self._waiting = []
-            if not self.addresses:
-                self._waiting.append(then)
-        return list(self.addresses)
+    def refresh(self, loop, then: Callable) -> bool:
+        """Whether a look-up is under way; then(error) is called when it is done."""
+        if loop.now < self._fresh_until:
+            return False
+        if self._waiting is None:
+            self._waiting = []
+            loop.workers.submit_look_up(self.host, self.port,
+                                        functools.partial(self._looked_up, loop))
+        self._waiting.append(then)
+        return True
 
-    def _resolved(self, loop, found, error):
+    def _looked_up(self, loop, found, error):
         waiting, self._waiting = self._waiting, None
         if found:
             self.addresses, self._fresh_until = found, loop.now + RESOLVE_TTL
         elif self.addresses:
-            self._fresh_until = loop.now + RATE_LIMIT
-            loop.log(WARNING, f"{self.text}: the name cannot be resolved, going on with the old addresses: {error}")
+            loop.log.limited(WARNING, (self, "look-up"), f"{self.text}: the name cannot be resolved, "
+                             f"going on with its old addresses: {tls_error(error)}")
         for then in waiting:
-            then(self, error)
+            then(error)
+
+    def worked(self, address: tuple) -> None:
+        self.fault = ""
+        self.failures.pop(address, None)
+
+    def failed(self, loop, address: Optional[tuple], text: str) -> None:
+        self.fault, self.failed_at = text, time.time()
+        if address:
+            self.failures[address] = loop.now
+        if self._fresh_until < float("inf"):
+            self._fresh_until = 0
+
+
+async def reached(shim: Shim, owner, target: Target, family: int, address: tuple,
+                  tell: Callable) -> tuple:
+    """TCP, and for a client shim STARTTLS and TLS, with one address.
+
+    -> (connection, its round trip in seconds); OSError or ProtocolError.
+    """
+    tell("connect", f"trying {address_text(address)}", False)
+    began = time.monotonic()
+    conn = await connected(shim.loop, owner, family, address)
+    trip = time.monotonic() - began
+    tell("connect", address_text(address))
+    if shim.server:
+        return conn, trip
+    try:
+        await ask_for_tls(conn)
+        tell("STARTTLS", "OK")
+        name = shim.name_for(target)
+        wanted = f"its certificate has to be for {name.decode()}" if shim.context.check_hostname \
+            else f"its name is not checked, as verify = {shim.conf.verify}"
+        tell("TLS", wanted, False)
+        engine = Engine(shim.context, False, name, shim.ticket(name))
+        conn = await secured(conn, engine, False, name)
+        peer = conn.peer
+        tell("TLS", f"{peer.version}, {peer.cipher}{engine.tls.session_reused and ', resumed' or ''}")
+        shim.judge(peer)
+        return conn, trip
+    except BaseException:
+        conn.close()
+        raise
+
+
+class Dial:
+    """A race of all targets' addresses for one upstream connection (RFC 8305 section 5).
+
+    They are tried in the administrator's order, those that failed lately last. The next one begins
+    when the one before has failed, or has not come a step further for STAGGER seconds. The first
+    that is up and verified wins. then(connection, ProtocolError).
+    """
+
+    def __init__(self, shim: Shim, owner, tell: Callable, then: Callable):
+        self._shim, self._loop, self._owner, self._tell = shim, shim.loop, owner, tell
+        self._then: Optional[Callable] = then
+        self._tried: set = set()
+        self._running: dict = {}                # address -> (target, Task)
+        self._looking = 0
+        self._failures: list = []
+        self._end = self._loop.now + shim.conf.handshake_timeout
+        self.deadline = self._end
+
+    def start(self) -> None:
+        self._loop.timed.add(self)
+        for target in self._shim.targets:
+            then = functools.partial(self._looked_up, target)
+            self._looking += target.refresh(self._loop, then)
+        self._next()
+
+    def _looked_up(self, target, error):
+        if self._then:
+            self._looking -= 1
+            if error:
+                self._failed(target, None, f"the name cannot be resolved: {tls_error(error)}")
+            else:
+                found = ", ".join(address_text(address) for _, address in target.addresses)
+                self._tell("look-up", f"{target.host}: {found}")
+            if not self._running:
+                self._next()
+
+    def _next(self):
+        now, untried = self._loop.now, []
+        for target in self._shim.targets:
+            for family, address in target.addresses:
+                if (target, address) not in self._tried:
+                    late = now - target.failures.get(address, -FAILED_TTL) < FAILED_TTL
+                    untried.append((late, len(untried), target, family, address))
+        if untried:
+            _, _, target, family, address = min(untried, key=lambda each: each[:2])
+            self._tried.add((target, address))
+            self.deadline = self._end
+            task = Task(self._loop, self._owner, self._attempt(target, family, address),
+                        functools.partial(self._attempted, target, address))
+            self._running[target, address] = task
+            task.start()
+        elif self._running or self._looking:
+            self.deadline = self._end
+            self._loop.watch(self._end)
+        else:
+            self._lose()
+
+    def _step(self, target, step, text, done=True):
+        """Something has come a step further."""
+        self._tell(step, f"{target.text}: {text}", done)
+        self.deadline = min(self._end, self._loop.now + STAGGER)
+        self._loop.watch(self.deadline)
+
+    async def _attempt(self, target, family, address):
+        """One address, and once more without a ticket where the server does not take it."""
+        tell, shim = functools.partial(self._step, target), self._shim
+        try:
+            return await reached(shim, self._owner, target, family, address, tell)
+        except ProtocolError as error:
+            name = shim.name_for(target)
+            if error.reason is not Reason.TLS or not shim.ticket(name):
+                raise
+            self._step(target, "TLS", f"{error}; once more without a ticket")
+            shim.refuse_ticket(name)
+        return await reached(shim, self._owner, target, family, address, tell)
+
+    def _attempted(self, target, address, result, error):
+        del self._running[target, address]
+        if result:
+            conn, trip = result
+            target.worked(address)
+            self._shim.reached = (target, trip)
+            then = self._then
+            self.cancel()
+            then(conn, None)
+            return
+        if isinstance(error, ProtocolError):
+            pinned = error.reason in (Reason.PIN, Reason.RESOURCES)
+            text = f"{error.reason.words}: {error}" if pinned else str(error)
+        else:
+            text = tls_error(error)
+            if error.errno in _EXHAUSTED:
+                text = f"{Reason.RESOURCES.words}: {text}"
+        self._failed(target, address, text)
+        if self._then:
+            self._next()
+
+    def _failed(self, target, address, text):
+        where = target.text if address is None or address[0] == target.host else (
+            f"{target.text} ({address_text(address)})")
+        target.failed(self._loop, address, text)
+        self._tell("failed", f"{where}: {text}")
+        self._failures.append(f"{where}: {text}")
+
+    def expired(self) -> None:
+        if self._loop.now < self._end:
+            self._next()
+        else:
+            for target, address in list(self._running):
+                self._failed(target, address, "no answer in time")
+            self._lose()
+
+    def _lose(self):
+        then = self._then
+        self.cancel()
+        failures = "; ".join(dict.fromkeys(self._failures)) or "the name was not resolved in time"
+        then(None, ProtocolError(Reason.UPSTREAM, failures))
+
+    def cancel(self) -> None:
+        self._then = None
+        self._loop.timed.discard(self)
+        running, self._running = self._running, {}
+        for _, task in running.items():
+            task.cancel()
+
+
+async def dialled(shim: Shim, owner, tell: Callable) -> Connection:
+    """An upstream connection, up and verified; ProtocolError with all that failed."""
+    dial: Any = None
+
+    def arm(resume):
+        nonlocal dial
+        dial = Dial(shim, owner, tell, resume)
+        dial.start()
+    try:
+        return await until(arm)
+    finally:
+        dial.cancel()
+
+
+class Link:
+    """One upstream connection that carries questions."""
+    __slots__ = ("conn", "questions")
+
+    def __init__(self, conn: Connection, waiting: list):
+        self.conn, self.questions = conn, Questions(waiting)
+
+    def flush(self) -> None:
+        data = self.questions.to_send()
+        if data:
+            self.conn.send(data)
+
+
+class Shared:
+    """The upstream session over which all clients of a client shim ask their questions.
+
+    Mostly there is one link. When that is silent, a fresh one is dialled beside it; whichever
+    speaks first goes on.
+    """
+
+    def __init__(self, shim: Shim):
+        self.shim, self.loop = shim, shim.loop
+        self.links: list = []
+        self.asked = self.asked_again = 0       # Questions so far, for the status.
+        self.ended = ""                         # Why the last link was given up.
+        self.up_since = 0                       # In seconds since 1970; 0 while there is none.
+        self.deadline = float("inf")
+        self._waiting: list = []                # (asker, Question), while there is no link.
+        self._dial: Optional[Task] = None
+        self._flushing = False
+        self._since = 0                         # When it was last heard, or first asked since.
+        self._silences = 0                      # One after another.
+        self._closed_until = 0
+        self._retired = False
+        self.loop.timed.add(self)
+
+    def log(self, level: int, text: str) -> None:
+        self.loop.log(level, f"[{self.shim.name}] shared session: {text}")
+
+    def tell(self, step: str, text: str, _done: bool = True) -> None:
+        if self.loop.log.debug:
+            self.log(DEBUG, f"{step}: {text}")
+
+    def open(self) -> bool:
+        """Whether it may be used."""
+        return self.shim.conf.reuse > 0 and self.loop.now >= self._closed_until
+
+    def ask(self, asker, asked: Question) -> None:
+        self.asked += 1
+        if self.links:
+            for link in self.links:
+                link.questions.ask(asker, asked)
+            if not self._flushing:
+                self._flushing = True
+                self.loop.soon.append(self._flush)
+        else:
+            self._waiting.append((asker, asked))
+            self._start_dial()
+
+    def _flush(self):
+        """At the end of a round: many questions in one send."""
+        self._flushing = False
+        fresh = False
+        for link in self.links:
+            fresh = fresh or not link.questions.sent
+            link.flush()
+        if fresh:
+            self._since = self.loop.now
+            self._watch()
+
+    def _patience(self):
+        """Seconds of silence that are borne."""
+        patience = max(PATIENCE, 4 * self.shim.reached[1])
+        return min(MAX_PATIENCE, patience * 2 ** min(self._silences, 6))
+
+    def _busy(self):
+        return any(link.questions.sent or link.questions.waiting for link in self.links)
+
+    def _watch(self):
+        limit = self._patience() if self._busy() else self.shim.conf.reuse
+        deadline = self._since + limit
+        if deadline < self.deadline:
+            self.deadline = deadline
+            self.loop.watch(deadline)
+
+    def expired(self) -> None:
+        self.deadline = float("inf")
+        left = self._since + (self._patience() if self._busy() else self.shim.conf.reuse) - self.loop.now
+        if not self.links or self._dial:
+            return
+        if left > 0:
+            self._watch()
+        elif self._busy():
+            if len(self.links) > 1:
+                self._drop(self.links[0])
+            self._silences += 1
+            self._since = self.loop.now
+            self.tell("silence", "dialling a fresh session beside it")
+            self._start_dial()
+        else:
+            self._give_up("nobody asks")
+
+    # Links.
+
+    def _start_dial(self):
+        if not self._dial:
+            if self.links:
+                self.shim.remember(self.links[0].conn)
+            self._dial = Task(self.loop, self, dialled(self.shim, self, self.tell), self._dialled)
+            self._dial.start()
+
+    def _dialled(self, conn, error):
+        self._dial = None
+        if error:
+            text = str(error) if isinstance(error, ProtocolError) else tls_error(error)
+            askers = self._askers(self._unanswered())
+            self._give_up(text)
+            for asker in askers:
+                asker.finish(Reason.UPSTREAM, text)
+            return
+        waiting = self._unanswered()
+        if self.links:
+            self.asked_again += len(waiting)
+        link = Link(conn, waiting)
+        conn.owner = self
+        conn.on_read = functools.partial(self._readable, link)
+        self._waiting = []
+        self.links.append(link)
+        conn.want(READ)
+        if len(self.links) == 1:
+            self._tell_up(link)
+        self._flush()
+        if self._retired and not self._busy():
+            self._give_up("the configuration was read again")
+
+    def _tell_up(self, link):
+        self.up_since = time.time()
+        target, trip = self.shim.reached
+        peer = link.conn.peer
+        self.log(INFO, f"up with {target.text}, {peer.version}, {peer.cipher}, "
+                       f"{', '.join(peer.names) or peer.pin or 'no certificate'}, "
+                       f"round trip {trip * 1000:.1f} ms")
+
+    def _readable(self, link):
+        data = link.conn.recv()
+        if data is None:
+            return
+        if not data:
+            return self._lost(link)
+        self._since = self.loop.now
+        if self._dial or len(self.links) > 1:
+            self._settle_for(link)
+        self._silences = 0
+        for asker, reply, whole in link.questions.feed(data):
+            try:
+                asker.answered(reply, whole)
+            except Exception as bug:
+                self.loop.fault(asker, bug)
+        if link.questions.fault:
+            return self._distrust(link)
+        if link.questions.waiting and not link.questions.sent:
+            link.flush()
+        if self._retired and not self._busy():
+            self._give_up("the configuration was read again")
+        elif self.deadline == float("inf"):
+            self._watch()
+
+    def _settle_for(self, link):
+        """It speaks, so it goes on; whatever else was beside it is closed."""
+        if self._dial:
+            self._dial.cancel()
+            self._dial = None
+        for other in [each for each in self.links if each is not link]:
+            if other is self.links[0]:
+                self.ended = f"silent for more than {self._patience() / 2:.0f} s"
+                self.log(NOTICE, f"{self.ended}: a fresh one takes its place")
+                self._drop(other)
+                self._tell_up(link)
+            else:
+                self._drop(other)
+
+    def _drop(self, link):
+        """Close a link. A reply that was handed out in part cannot be asked again."""
+        self.links.remove(link)
+        self.shim.close_upstream(link.conn)
+        if link.questions.begun and link.questions.sent[0][0] is not None:
+            link.questions.sent[0][0].finish(Reason.LOST, "in the middle of a reply")
+
+    def _lost(self, link):
+        """Its end. What is unanswered is asked once more over a fresh one."""
+        rest, fault = link.questions.unanswered(), link.conn.fault
+        self._drop(link)
+        if self.links:
+            return                              # The other one has been asked the same.
+        self._end(f"closed by upstream{fault and f' ({fault})'}")
+        self._waiting = []
+        for asker, asked in rest:
+            asker.tries += 1
+            if asker.tries > MAX_ASKED:
+                self._waiting = [each for each in self._waiting if each[0] is not asker]
+                asker.finish(Reason.LOST, self.ended)
+            elif asker.asked:
+                self._waiting.append((asker, asked))
+        if self._waiting:
+            self.asked_again += len(self._waiting)
+            self._start_dial()
+
+    def _distrust(self, link):
+        """An upstream like that is not shared: each client gets a session of its own."""
+        fault, rest = link.questions.fault, self._unanswered()
+        self._closed_until = self.loop.now + UNSHARED
+        self.log(WARNING, f"not used for {UNSHARED // 60} minutes, each client has a session of its "
+                          f"own: {fault}")
+        self._give_up(fault)
+        for asker in self._askers(rest):
+            asker.ask_alone(b"".join(asked.raw for who, asked in rest if who is asker))
+
+    def _give_up(self, why):
+        if self._dial:
+            self._dial.cancel()
+            self._dial = None
+        self._waiting = []
+        for link in list(self.links):
+            self._drop(link)
+        self._end(why)
+
+    def _end(self, why):
+        if self.up_since:
+            self.log(INFO, f"given up: {why}")
+        self.ended, self.up_since, self._silences = why, 0, 0
+
+    def _unanswered(self):
+        return self.links[0].questions.unanswered() if self.links else list(self._waiting)
+
+    @staticmethod
+    def _askers(rest):
+        return dict.fromkeys(asker for asker, _ in rest)
+
+    # Clients.
+
+    def forget(self, asker) -> None:
+        """A client has left with questions unanswered."""
+        self._waiting = [each for each in self._waiting if each[0] is not asker]
+        for link in self.links:
+            link.questions.forget(asker)
+
+    def give_away(self, asker) -> Link:
+        """A client does not take its reply: its link becomes its own, and the others move on."""
+        link = self.links[0]
+        for other in self.links[1:]:
+            self._drop(other)
+        rest = [each for each in link.questions.unanswered() if each[0] is not asker]
+        for other in self._askers(rest):
+            link.questions.forget(other)
+        self.links = []
+        link.conn.owner = asker
+        link.conn.on_read = functools.partial(self._readable_of, asker, link)
+        self._end("a client does not read its reply: it has that session to itself")
+        self._waiting = rest
+        if rest:
+            self._start_dial()
+        return link
+
+    @staticmethod
+    def _readable_of(asker, link):
+        data = link.conn.recv()
+        if data:
+            for who, reply, whole in link.questions.feed(data):
+                who.answered(reply, whole)
+            if link.questions.fault:
+                asker.finish(Reason.LOST, link.questions.fault)
+            elif link.conn.sock:
+                link.flush()
+        elif data is not None:
+            asker.finish(Reason.LOST, link.conn.fault)
+
+    def retire(self) -> None:
+        """At a reload: closed once its replies are in."""
+        self._retired = True
+        if not self._busy() and not self._dial:
+            self._give_up("the configuration was read again")
+
+    def close(self, reason: Reason, detail: str = "") -> None:
+        """After a bug: nobody is left waiting."""
+        askers = self._askers(self._unanswered())
+        self._give_up(f"{reason.words} {detail}".strip())
+        for asker in askers:
+            asker.finish(reason, detail)
+
+    finish = close
+
+
+# --- Shims ---------------------------------------------------------------------------------------
 
 
 class Shim:
-    """A configured shim at run time: TLS context, upstreams, kept sessions, counters."""
+    """A configured shim at run time: TLS context, upstreams, the shared session, counters."""
     numbers = 0                                 # Sessions of all shims so far.
 
-    def __init__(self, loop, conf, credentials):
-        self.loop, self.conf, self.name, self.server = loop, conf, conf.name, conf.role == SERVER
+    def __init__(self, loop: Loop, conf: Conf, credentials: Credentials):
+        self.loop, self.conf, self.name = loop, conf, conf.name
+        self.server = conf.role == SERVER
         self.credentials, self.context = credentials, credentials.context
-        self.reuse = 0 if self.server else conf.reuse
         self.targets = [Target(host, port) for host, port in conf.upstream]
-        self.kept = collections.deque()         # (until, side), the oldest first
-        self._tickets = {}                      # server name -> (until, ssl.SSLSession or None)
-        self.counts = collections.Counter()     # "total" sessions, "fresh" and "reused" upstream sessions
-        self.refused = collections.Counter()    # By the Reason's words.
-        self.addresses = collections.Counter()  # Open sessions by the peer's address.
-        self.retired = False                    # Replaced by a reload: keeps nothing any more.
+        self.reached: tuple = (self.targets[0], 0)      # The last dial's target and round trip.
+        self.counts: Counter = collections.Counter()    # Sessions in "total", upstream ones "own".
+        self.refused: Counter = collections.Counter()   # By the Reason's words.
+        self.addresses: Counter = collections.Counter() # Open sessions by the peer's address.
+        self.heir: Optional[Shim] = None                # The shim of the same name after a reload.
+        self.shared = Shared(self)
+        self._tickets: dict = {}                # server name -> (until, ssl.SSLSession or None)
 
-    def count(self, address):
+    def latest(self) -> Shim:
+        return self.heir.latest() if self.heir else self
+
+    def count(self, address: tuple) -> int:
         """A session begins; its number."""
         self.counts["total"] += 1
-        self.addresses[address[0]] += 1
+        self.addresses[address_key(address[0])] += 1
         Shim.numbers += 1
         return Shim.numbers
 
-    def discount(self, address):
-        self.addresses[address[0]] -= 1
-        if not self.addresses[address[0]]:
-            del self.addresses[address[0]]
+    def discount(self, address: tuple) -> None:
+        key = address_key(address[0])
+        self.addresses[key] -= 1
+        if not self.addresses[key]:
+            del self.addresses[key]
 
-    def refusal(self, host):
+    def refusal(self, host: str) -> Optional[Reason]:
         """Why that address gets no session, or None."""
         if self.conf.allow_from:
             import ipaddress
-            if not any(ipaddress.ip_address(host.partition("%")[0]) in network for network in self.conf.allow_from):
+            address = ipaddress.ip_address(host.partition("%")[0])
+            if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
             return Reason.MAX_SESSIONS
-        try:
-            if self.counts["total"] % 16 == 0:
-                bytearray(SPARE_MEMORY)
-        except MemoryError:                     # What is left is for the sessions that run.
-            return Reason.RESOURCES
-        return Reason.PER_ADDRESS if self.addresses[host] >= self.conf.max_sessions_per_address else None
-
-    def name_for(self, target) -> bytes:
-        """What the certificate must carry, in ASCII as the ssl module takes it without the idna codec."""
-        return (self.conf.server_name or target.host.partition("%")[0]).encode("ascii")
-
-    def close_upstream(self, side):
-        """Close it, and keep its ticket for the next handshakes with that server."""
-        if side.peer and side.name and not side.error and self.loop.now >= self._tickets.get(side.name, (0, None))[0]:
-            try:
-                ticket = side.sock.session
-            except (OSError, ValueError):
-                ticket = None
-            self._tickets[side.name] = (self.loop.now + TICKET_TTL, ticket if ticket and ticket.has_ticket else None)
-        side.close()
-
-    def ticket(self, name):
-        """The ssl.SSLSession to resume with that server, or None (RFC 8446 2.2)."""
-        return self._tickets.get(name, (0, None))[1]
-
-    def drop_ticket(self, name):
-        self._tickets.pop(name, None)
-
-    def keep(self, side):
-        """Put an upstream session that is as good as new aside, or close it."""
-        if self.retired or len(self.kept) >= KEPT_MAX or side.eof or side.out:
-            return self.close_upstream(side)
-        entry = (self.loop.now + self.reuse, side)
-        self.kept.append(entry)
-        side.session = None
-        side.on_read = lambda: self._kept_spoke(entry)
-        self.loop.watch(entry[0])
-
-    def _kept_spoke(self, entry):
-        if entry[1].recv() is not None:         # Its end, or a byte nobody asked for: no good any more.
-            self.kept.remove(entry)
-            self.close_upstream(entry[1])
-
-    def take_kept(self):
-        if self.kept:
-            self.counts["reused"] += 1
-            return self.kept.pop()[1]
+        if self.addresses[address_key(host)] >= self.conf.max_sessions_per_address:
+            return Reason.PER_ADDRESS
         return None
 
-    def drop_kept(self, before):
-        """Close what was kept until then; float("inf") for all."""
-        while self.kept and self.kept[0][0] <= before:
-            self.close_upstream(self.kept.popleft()[1])
-        if self.kept:
-            self.loop.watch(self.kept[0][0])
+    def judge(self, peer: Peer) -> None:
+        """What the configuration asks beyond the TLS handshake; ProtocolError."""
+        if self.context.verify_mode != ssl.CERT_NONE and peer.pin and peer.not_after < time.time():
+            # A resumed session skips the dates.
+            raise ProtocolError(Reason.TLS, "its certificate has expired: renew it")
+        if self.conf.pin and peer.pin not in self.conf.pin:
+            raise ProtocolError(Reason.PIN, f"it has {peer.pin or 'no certificate'}")
 
-    def retire(self, heirs):
-        """At reload: the shim of the same name goes on counting, nothing else is taken over."""
+    def name_for(self, target: Target) -> bytes:
+        """What the certificate must carry, in ASCII: the ssl module takes it without idna."""
+        return (self.conf.server_name or target.host.partition("%")[0]).encode("ascii")
+
+    # Tickets: a shortcut for the next handshake with the same server (RFC 8446 2.2).
+
+    def close_upstream(self, conn: Connection) -> None:
+        self.remember(conn)
+        conn.close()
+
+    def remember(self, conn: Connection) -> None:
+        """Keep the ticket that a server has given."""
+        engine = isinstance(conn, TlsConnection) and not conn.fault and conn.engine
+        if engine and self.loop.now >= self._tickets.get(engine.name, (0, None))[0]:
+            try:
+                ticket = engine.tls.session
+            except (OSError, ValueError):
+                ticket = None
+            if ticket and ticket.has_ticket:
+                self._tickets[engine.name] = (self.loop.now + TICKET_TTL, ticket)
+
+    def ticket(self, name: bytes) -> Optional[ssl.SSLSession]:
+        return self._tickets.get(name, (0, None))[1]
+
+    def refuse_ticket(self, name: bytes) -> None:
+        """That server does not take them: none for a while."""
+        self._tickets[name] = (self.loop.now + TICKET_TTL, None)
+
+    def retire(self, heirs: Iterable[Shim]) -> None:
+        """At a reload: the shim of the same name goes on counting, nothing else is taken over."""
         for heir in heirs:
-            if heir.name == self.name:
-                heir.counts, heir.refused, heir.addresses = self.counts, self.refused, self.addresses
-        self.retired = True
-        self.drop_kept(float("inf"))
+            if heir.name == self.name and heir.server == self.server:
+                heir.counts, heir.refused = self.counts, self.refused
+                heir.addresses, self.heir = self.addresses, heir
+        self.shared.retire()
+
+
+def address_key(host: str) -> Union[str, bytes]:
+    """What counts as one address: an IPv6 peer has a /64 to choose from (RFC 4291 2.5.4)."""
+    if ":" not in host or host.startswith("::ffff:"):
+        return host
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
 
 # --- Loop ----------------------------------------------------------------------------------------
 
 
-class Loop:
-    """The selectors loop: events to sides, deadlines to sessions, threads' results to whoever asked."""
+class Timer:
+    """One call after a while."""
 
-    def __init__(self, log, threads, on_signal):
+    def __init__(self, loop: Loop, seconds: float, call: Callable):
+        self._loop, self._call, self.deadline = loop, call, loop.now + seconds
+        loop.timed.add(self)
+        loop.watch(self.deadline)
+
+    def expired(self) -> None:
+        self._loop.timed.discard(self)
+        self._call()
+
+    def close(self, _reason: Reason, _detail: str = "") -> None:
+        """After a bug in the call: it is over already."""
+
+
+class Loop:
+    """The selectors loop: events to connections, deadlines to whatever has one, threads' results
+    to whoever asked."""
+
+    def __init__(self, log: Log, threads: int, on_signal: Callable):
         self.log, self._on_signal = log, on_signal
         self.selector = selectors.DefaultSelector()
         self.now = time.monotonic()
-        self.shims, self.sessions, self.max_sessions = [], set(), 0
+        self.sessions: set = set()
+        self.strangers: dict = {}           # Sessions that have shown nothing yet, oldest first.
+        self.timed: set = set()             # What has a deadline and expired().
+        self.again: list = []               # What has more to do that select() does not see.
+        self.soon: list = []                # Calls at the end of this round.
+        self.max_sessions = 0
         self.stopping = self.finished = False
-        self._next = float("inf")               # When the earliest deadline may be due.
-        self._timers = []                       # (when, callback)
-        self._spare = None                      # A descriptor held back for when there are no others.
-        self.hold_spare()
+        self._next = float("inf")           # When the earliest deadline may be due.
         reader, self._waker = socket.socketpair()
         reader.setblocking(False)
         self._waker.setblocking(False)
-        self._wakes = Side(self.selector, reader, None, self._woken)
+        self._wakes = Connection(self, reader, None, self._woken)
         self.workers = Workers(threads, self._wake)
-        signal.set_wakeup_fd(self._waker.fileno())
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
 
     def _wake(self):
         try:
             self._waker.send(b"\0")
         except BlockingIOError:
-            pass                                # Full, so it will wake anyway.
+            pass                            # Full, so it will wake anyway.
 
     def _woken(self):
         for number in (self._wakes.recv() or b"").replace(b"\0", b""):
             self._on_signal(number)
-        while self.workers.done:
-            session, then, result, error = self.workers.done.popleft()
-            self.guarded(session, then, result, error)
+        done = self.workers.done
+        while done:
+            then, result, error = done.popleft()
+            self.guarded(None, then, result, error)
 
-    def guarded(self, session, call, *args):
+    def guarded(self, owner, call: Callable, *args) -> None:
         try:
             call(*args)
         except Exception as error:
-            self._fault(session, error)
+            self.fault(owner, error)
 
-    def _fault(self, session, error):
+    def fault(self, owner, error: Exception) -> None:
+        """The one place that tells a peer's fault from a bug; either ends the owner."""
         if isinstance(error, ProtocolError):
-            session.close(error.reason, str(error))
+            owner.finish(error.reason, str(error))
         elif isinstance(error, MemoryError):
             self.log.limited(ERROR, "memory", "out of memory: a session is closed")
-            if session:
-                session.close(Reason.RESOURCES)
+            if owner:
+                owner.close(Reason.RESOURCES)
         else:
-            # Made by hand, since the module traceback may be out of reach: no descriptors, a chroot.
+            # Made by hand, since the module traceback may be out of reach: in a chroot, say.
             self.log(ERROR, "internal error, please report it:\nTraceback (most recent call last):")
             trace = error.__traceback__
             while trace:
@@ -1832,159 +3011,199 @@ class Loop:
                 self.log(ERROR, f"  {code.co_filename}:{trace.tb_lineno}, in {code.co_name}")
                 trace = trace.tb_next
             self.log(ERROR, f"{type(error).__name__}: {error}")
-            if session:
-                session.close(Reason.BUG)
+            if owner:
+                owner.close(Reason.BUG)
 
-    def watch(self, when):
+    def watch(self, when: float) -> None:
         if when < self._next:
             self._next = when
 
-    def at(self, seconds, callback):
-        self._timers.append((self.now + seconds, callback))
-        self.watch(self.now + seconds)
-
-    def run(self):
+    def run(self) -> None:
         select, monotonic = self.selector.select, time.monotonic
         self.log.hold = True
         while not self.finished:
-            events = select(max(0, self._next - monotonic()) if self._next < float("inf") else None)
+            timeout = None
+            if self.again:
+                timeout = 0
+            elif self._next < float("inf"):
+                timeout = max(0, self._next - monotonic())
+            events = select(timeout)
             self.now = monotonic()
+            again, self.again = self.again, []
             for key, mask in events:
-                side = key.data
+                conn = key.data
                 try:
-                    if mask & side.mask & READ:
-                        side.on_read()
-                    if mask & side.mask & WRITE:
-                        side.on_write()
+                    if mask & conn.mask & READ:
+                        conn.on_read()
+                    if mask & conn.mask & WRITE:
+                        conn.writable()
                 except Exception as error:
-                    self._fault(side.session, error)
+                    self.fault(conn.owner, error)
+            for each in again:
+                self.guarded(getattr(each, "owner", each), each.go_on)
+            while self.soon:
+                self.guarded(None, self.soon.pop())
             if self.now >= self._next:
-                self.guarded(None, self._sweep)
+                self._sweep()
             if self.log.lines:
                 self.guarded(None, self.log.flush)
         self.log.hold = False
 
     def _sweep(self):
-        """Deadlines and timers that are due; looked at four times a second at the most."""
+        """Deadlines that are due; looked at twenty times a second at the most."""
         self._next = float("inf")
-        for session in list(self.sessions):
-            if session.deadline <= self.now:
-                self.guarded(session, session.expired)
+        for each in list(self.timed):
+            if each.deadline <= self.now:
+                self.guarded(each, each.expired)
             else:
-                self.watch(session.deadline)
-        for shim in self.shims:
-            shim.drop_kept(self.now)
-        timers, self._timers = self._timers, []
-        for when, callback in timers:
-            if when <= self.now:
-                self.guarded(None, callback)
-            else:
-                self.at(when - self.now, callback)
-        self._next = max(self._next, self.now + 0.25)
+                self.watch(each.deadline)
+        self._next = max(self._next, self.now + 0.05)
 
-    def listen(self, sock, shim):
-        side = Side(self.selector, sock, None, lambda: self._accept(side))
-        side.shim = shim
-        return side
 
-    def _accept(self, listener):
-        shim = listener.shim
+# --- Listeners -----------------------------------------------------------------------------------
+
+
+class Listener(Connection):
+    """A listening socket: connections to sessions of its shim, as far as there is room."""
+    __slots__ = ("shim",)
+
+    def __init__(self, loop: Loop, sock: socket.socket, shim: Shim):
+        sock.listen(BACKLOG)
+        super().__init__(loop, sock, None, self._accept)
+        self.shim = shim
+
+    def _accept(self):
+        loop, shim = self.loop, self.shim
         for _ in range(ACCEPT_BATCH):
             try:
-                sock, address = listener.sock.accept()
+                sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:
-                return self._exhausted(listener, error)
+            except OSError as error:                # Out of descriptors, most likely: rest a second.
+                shim.refused[Reason.RESOURCES.words] += 1
+                loop.log.limited(ERROR, "accept", f"[{shim.name}] a new session is refused: "
+                                                  f"{error.strerror}")
+                self.want(0)
+                Timer(loop, 1, self._rested)
+                return
+            sock.setblocking(False)
             reason = shim.refusal(address[0])
-            if reason:
-                shim.refused[reason.value] += 1
-                self.log.limited(WARNING, (shim.name, reason), f"[{shim.name}] {address_text(address)}: refused: {reason.value}")
+            if reason and not self._make_room(reason, address):
+                shim.refused[reason.words] += 1
+                loop.log.limited(reason.level, (shim.name, reason),
+                                 f"[{shim.name}] {address_text(address)}: refused: {reason.words}")
                 sock.close()
                 continue
-            sock.setblocking(False)
-            session = Session(self, shim, sock, address)
-            self.sessions.add(session)
-            self.guarded(session, session.start)
+            session = Session(shim, sock, address)
+            loop.sessions.add(session)
+            loop.strangers[session] = None
+            loop.timed.add(session)
+            loop.guarded(session, session.start)
 
-    def _exhausted(self, listener, error):
-        """Without descriptors a connection cannot even be refused but with the one held back."""
-        listener.shim.refused[Reason.RESOURCES.value] += 1
-        self.log.limited(ERROR, "accept", f"[{listener.shim.name}] a new session is refused: {error.strerror}")
-        sock = self.accept_with_spare(listener)
-        if sock:
-            sock.close()
-            self.hold_spare()
+    def _rested(self):
+        if self.sock:
+            self.want(READ)
 
-    def hold_spare(self):
-        try:
-            self._spare = self._spare or os.open(os.devnull, os.O_RDONLY)
-        except OSError:
-            pass                                # Tried again when a listener has rested.
-
-    def accept_with_spare(self, listener):
-        """The next connection, in the spare descriptor's place, or None: then the listener rests a second."""
-        try:
-            if self._spare:
-                os.close(self._spare)
-                self._spare = None
-            return listener.sock.accept()[0]
-        except OSError:
-            listener.want(0)
-            self.at(1, lambda: (self.hold_spare(), listener.closed or listener.want(READ)))
-            return None
+    def _make_room(self, reason, address):
+        """Idle strangers keep nobody out: the oldest one makes room for a new connection."""
+        if reason is Reason.ALLOW_FROM:
+            return False
+        key = address_key(address[0])
+        for session in self.loop.strangers:
+            if reason is Reason.MAX_SESSIONS or (session.shim.addresses is self.shim.addresses
+                                                 and address_key(session.address[0]) == key):
+                session.close(Reason.MADE_ROOM)
+                return self.shim.refusal(address[0]) is None
+        return False
 
 
-# --- Status --------------------------------------------------------------------------------------
+# --- Status and control: both ends of the status socket ------------------------------------------
 
 
-def status_data(daemon):
+def status_data(daemon: Daemon) -> dict:
     """What -c status shows, as plain data."""
     loop = daemon.loop
-    shims = [{
-        "name": shim.name, "role": shim.conf.role,
-        "listen": [address_text(side.sock.getsockname()) for side in daemon.listeners.values() if side.shim is shim],
-        "upstream": [{"address": target.text, "state": target.failed or "ok"} for target in shim.targets],
+    sessions = sorted(loop.sessions, key=lambda session: session.number)
+    return {"version": VERSION, "pid": os.getpid(), "seconds": int(loop.now - daemon.began),
+            "config": daemon.path, "loaded": int(daemon.loaded),
+            "shims": [_status_of_shim(daemon, shim) for shim in daemon.shims],
+            "sessions": list(map(_status_of_session, sessions))}
+
+
+def _status_of_shim(daemon, shim):
+    conf, shared = shim.conf, shim.shared
+    listeners = [each for each in daemon.listeners.values() if each.shim is shim]
+    status = {
+        "name": shim.name, "role": conf.role,
+        "listen": [address_text(each.sock.getsockname()) for each in listeners],
+        "absent": [address_text(each.sock.getsockname()) for each in listeners
+                   if is_absent(each.sock.family, each.sock.getsockname())],
+        "upstream": [{"address": target.text, "state": target.fault or "ok",
+                      "failed_at": int(target.failed_at)} for target in shim.targets],
         "certificates": [{"what": what, "days_left": int((end - time.time()) // 86400)}
                          for what, end in shim.credentials.expiries],
-        "sessions": sum(shim.addresses.values()), "sessions_total": shim.counts["total"],
-        "upstream_fresh": shim.counts["fresh"], "upstream_reused": shim.counts["reused"], "kept": len(shim.kept), "refused": dict(shim.refused)} for shim in loop.shims]
-    sessions = []
-    for session in sorted(loop.sessions, key=lambda session: session.number):
-        peer = session.client.peer or session.upstream and session.upstream.peer or Peer("", "", [], "", 0)
-        sessions.append({
-            "number": session.number, "shim": session.shim.name, "peer": address_text(session.address),
-            "seconds": int(loop.now - session.began), "state": session.state, "tls": peer.version,
-            "class": session.access or "", "user": session.user or "", "ups": session.ups or "",
-            "bytes_in": session.bytes_in, "bytes_out": session.bytes_out, "identity": peer.names})
-    return {"version": VERSION, "pid": os.getpid(), "seconds": int(loop.now - daemon.began),
-            "shims": shims, "sessions": sessions}
+        "files": conf.files(), "sessions": sum(shim.addresses.values()),
+        "sessions_total": shim.counts["total"], "upstream_own": shim.counts["own"],
+        "refused": dict(shim.refused)}
+    if not shim.server:
+        status["shared"] = {
+            "up_since": int(shared.up_since), "round_trip_ms": round(shim.reached[1] * 1000, 1),
+            "asked": shared.asked, "asked_again": shared.asked_again, "given_up": shared.ended}
+    return status
 
 
-def status_table(data):
-    lines = ["nutshim {version}, process {pid}, up {seconds} s".format(**data)]
+def _status_of_session(session):
+    peer = session.client.peer or session.upstream and session.upstream.peer
+    way = "own" if session.upstream else "" if session.shim.server else "shared"
+    return {"number": session.number, "shim": session.shim.name,
+            "peer": address_text(session.address),
+            "seconds": int(session.loop.now - session.began), "state": session.state,
+            "tls": peer.version if peer else "", "upstream": way, "class": session.access or "",
+            "user": session.user or "", "ups": session.ups or "", "bytes_in": session.bytes_in,
+            "bytes_out": session.bytes_out, "identity": peer.names if peer else []}
+
+
+def _time_text(seconds):
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def status_table(data: dict) -> str:
+    """What a person reads."""
+    lines = ["nutshim {version}, process {pid}, up {seconds} s, configuration {config} of ".format(
+        **data) + _time_text(data["loaded"])]
     for shim in data["shims"]:
         lines.append(f"[{shim['name']}] {shim['role']}, listening on {', '.join(shim['listen'])}")
-        lines += [f"    upstream {target['address']}: {target['state']}" for target in shim["upstream"]]
+        lines += [f"    warning: this machine has no address {address.rpartition(':')[0]} (yet)"
+                  for address in shim["absent"]]
+        for target in shim["upstream"]:
+            when = f", last failed {_time_text(target['failed_at'])}" if target["failed_at"] else ""
+            lines.append(f"    upstream {target['address']}: {target['state']}{when}")
         lines += [f"    {each['what']}: {each['days_left']} days left" for each in shim["certificates"]]
-        lines.append("    sessions {sessions} now, {sessions_total} since start; upstream sessions: {upstream_fresh} fresh, "
-                     "{upstream_reused} times reused, {kept} kept".format(**shim))
+        lines.append("    sessions {sessions} now, {sessions_total} since start; upstream sessions of "
+                     "their own: {upstream_own}".format(**shim))
+        shared = shim.get("shared")
+        if shared:
+            up = f"up since {_time_text(shared['up_since'])}" if shared["up_since"] else "down"
+            why = f"; last given up: {shared['given_up']}" if shared["given_up"] else ""
+            lines.append(f"    shared session {up}, round trip {shared['round_trip_ms']} ms, "
+                         f"{shared['asked']} questions, {shared['asked_again']} asked again{why}")
         lines += [f"    refused {count}: {reason}" for reason, count in sorted(shim["refused"].items())]
-    columns = ("number", "shim", "peer", "seconds", "state", "tls", "class", "user", "ups", "bytes_in", "bytes_out", "identity")
-    rows = [columns] + [tuple(map(str, map(session.get, columns[:-1]))) + (", ".join(session["identity"]),)
-                        for session in data["sessions"]]
+    columns = ("number", "shim", "peer", "seconds", "state", "tls", "upstream", "class", "user",
+               "ups", "bytes_in", "bytes_out", "identity")
+    rows = [columns] + [tuple(str(session[column]) for column in columns[:-1])
+                        + (", ".join(session["identity"]),) for session in data["sessions"]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
 
 
-def status_prometheus(data):
+def status_prometheus(data: dict) -> str:
     """The numbers in the text format of Prometheus."""
     lines = [f"nutshim_up_seconds {data['seconds']}"]
     for shim in data["shims"]:
         def metric(name, value, shim=shim, **labels):
             pairs = ",".join(f'{label}="{text}"' for label, text in dict(labels, shim=shim["name"]).items())
             lines.append(f"nutshim_{name}{{{pairs}}} {int(value)}")
-        for name in ("sessions", "sessions_total", "upstream_fresh", "upstream_reused", "kept"):
+        for name in ("sessions", "sessions_total", "upstream_own"):
             metric(name, shim[name])
         for reason, count in shim["refused"].items():
             metric("refused_total", count, reason=reason)
@@ -1992,14 +3211,64 @@ def status_prometheus(data):
             metric("upstream_up", target["state"] == "ok", upstream=target["address"])
         for each in shim["certificates"]:
             metric("certificate_days_left", each["days_left"], what=each["what"])
+        if "shared" in shim:
+            metric("shared_up", shim["shared"]["up_since"] > 0)
+            metric("questions_total", shim["shared"]["asked"])
+            metric("questions_again_total", shim["shared"]["asked_again"])
     return "\n".join(lines)
 
 
-def control_path(conf):
+def control_path(conf: Conf) -> str:
     return os.path.splitext(conf.pidfile)[0] + ".sock"
 
 
-def ask_daemon(conf, word):
+class Control:
+    """The daemon's end: one word in, its answer out."""
+
+    def __init__(self, daemon: Daemon, path: str):
+        self._daemon = daemon
+        if os.path.lexists(path):
+            os.unlink(path)                     # A killed daemon's: the pidfile's lock is ours.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
+        sock.listen(8)
+        sock.setblocking(False)
+        self._listener = Connection(daemon.loop, sock, None, self._accept)
+
+    def _accept(self):
+        try:
+            sock = self._listener.sock.accept()[0]
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError:                         # Out of descriptors: asked again in a second.
+            self._listener.want(0)
+            Timer(self._daemon.loop, 1, lambda: self._listener.want(READ))
+            return
+        sock.setblocking(False)
+        conn = Connection(self._daemon.loop, sock)
+        conn.on_read = functools.partial(self._read, conn)
+        conn.want(READ)
+
+    def _read(self, conn):
+        data = conn.recv()
+        if data is None:
+            return
+        conn.want(0)
+        conn.on_write = conn.close
+        answer = "ERR\nan internal error, which the log tells"
+        try:
+            answer = self._daemon.request(data.decode("ascii", "replace").strip())
+        finally:
+            conn.send(answer.encode())
+            if not conn.out:
+                conn.close()
+
+
+def ask_daemon(conf: Conf, word: str) -> tuple:
     """One word to the running daemon: (exit status, answer)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(30)
@@ -2013,15 +3282,21 @@ def ask_daemon(conf, word):
     return (0 if status == "OK" else 1), text
 
 
-def control(word, conf, form):
+def control(word: str, conf: Conf, form: Optional[str]) -> int:
     """-c: reload, stop or status; the exit status."""
     status, text = ask_daemon(conf, word)
     if status == 0 and word == "status":
-        text = {"json": lambda data: json.dumps(data, indent=1), "prometheus": status_prometheus,
-                None: status_table}[form](json.loads(text))
+        import json
+        data = json.loads(text)
+        if form == "json":
+            text = json.dumps(data, indent=1)
+        else:
+            text = status_prometheus(data) if form else status_table(data)
     print(text, file=sys.stderr if status else sys.stdout)
     deadline = time.monotonic() + STOP_GRACE + 3
-    while word == "stop" and status == 0 and time.monotonic() < deadline and not ask_daemon(conf, "")[1].startswith("no "):
+    while word == "stop" and status == 0 and time.monotonic() < deadline:
+        if ask_daemon(conf, "")[1].startswith("no "):
+            break
         time.sleep(0.05)
     return status
 
@@ -2029,270 +3304,227 @@ def control(word, conf, form):
 # --- Probe ---------------------------------------------------------------------------------------
 
 
-def probe(conf, context):
+def probe(conf: Conf, credentials: Credentials) -> int:
     """-p: each step towards a client shim's upstream with its result; the exit status."""
-    return 0 if any([_probe(conf, context, host, port) for host, port in conf.upstream]) else 1
+    loop = Loop(Log(), 1, lambda number: None)
+    shim = Shim(loop, conf, credentials)
+    return 0 if any([Probe(shim, target).run() for target in shim.targets]) else 1
 
 
-def _probe(conf, context, host, port):
-    name = conf.server_name or host.partition("%")[0]
-    sock = None
+class Probe:
+    """The opening of a session with one target, told step by step, and two questions to upsd."""
 
-    def say(step, text):
-        print(f"{step:12}{text}", flush=True)
-    try:
-        step = "resolve"
-        found = look_up(host, port)
-        say(step, f"{host}: {', '.join(address_text(address) for _, address in found)}")
-        step = "connect"
-        sock = _probe_connect(found, conf.handshake_timeout)
-        say(step, address_text(sock.getpeername()))
-        step = "STARTTLS"
-        _probe_starttls(sock)
-        say(step, "OK")
-        step = "TLS"
-        try:
-            sock = context.wrap_socket(sock, server_hostname=name.encode("ascii"))
-        except ssl.SSLCertVerificationError as error:
-            step = "name" if error.verify_code in (62, 64) else "chain"
-            raise ValueError(f"{tls_error(error, name)}. {_probe_stranger(conf, found, name)}") from None
-        peer = describe_peer(sock)
-        say(step, f"{peer.version}, {peer.cipher}")
-        say("certificate", f"{', '.join(peer.names) or 'without names'}, {days_text(peer.not_after)}")
-        say("chain", "OK" if conf.verify in ("full", "chain") else f"not checked, as verify = {conf.verify}")
-        say("name", f"{name} OK" if conf.verify == "full" else f"not checked, as verify = {conf.verify}")
-        step = "pin"
-        if conf.pin and peer.pin not in conf.pin:
-            raise ValueError(f"the server's key has the pin {peer.pin}, which pin does not name")
-        say(step, peer.pin + (" OK" if conf.pin else ""))
-        step = "upsd"
-        for command in (b"VER\n", b"LIST UPS\n"):
-            sock.sendall(command)
-            replies, answer, ends = Replies(), b"", []
-            while not ends:
-                data = sock.recv(CHUNK)
-                if not data:
-                    raise ValueError(f"closed before it answered {command.decode().strip()}: does upsd run there? The server shim's log tells")
-                answer, ends = answer + data, replies.feed(data)
-            if answer.startswith(b"ERR"):
-                raise ValueError(f"{command.decode().strip()} was answered with '{printable(answer.strip())}': what does permit say there?")
-            for line in answer.splitlines():
-                say(step, printable(line))
-        return True
-    except (OSError, ValueError, ProtocolError) as error:
-        words = f"no answer within {conf.handshake_timeout} s" if isinstance(error, socket.timeout) else tls_error(error, name)
-        say(step, f"FAILED with {address_text((host, port))}: {words}")
-        return False
-    finally:
-        if sock:
-            sock.close()
+    def __init__(self, shim: Shim, target: Target):
+        self._shim, self._target, self._loop = shim, target, shim.loop
+        self._name = shim.name_for(target).decode()
+        self._step = "resolve"
+        self._worked = False
+        self._task: Any = None
 
+    def run(self) -> bool:
+        self._loop.finished = False
+        self._task = Task(self._loop, self, self._steps(), self._done)
+        self._loop.now = time.monotonic()
+        self._task.start()
+        self._loop.run()
+        return self._worked
 
-def _probe_connect(found, seconds):
-    for family, address in found:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.settimeout(seconds)
-        try:
-            sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            last = error
-    raise last
+    def close(self, _reason: Reason, _detail: str = "") -> None:
+        """After a bug."""
+        self._loop.finished = True
 
+    def _say(self, step, text, done=True):
+        self._step = step
+        if done:
+            print(f"{step:12}{text}", flush=True)
 
-def _probe_starttls(sock):
-    sock.sendall(b"STARTTLS\n")
-    answer = b""
-    while not starttls_reply(answer):
-        data = sock.recv(CHUNK)
-        if not data:
-            raise ValueError("closed before it answered STARTTLS")
-        answer += data
+    def _limit(self):
+        return Timer(self._loop, self._shim.conf.handshake_timeout, self._task.late)
 
-
-def _probe_stranger(conf, found, name):
-    """Whose certificate was refused, looked at over a second connection, on which nothing is said."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    try:
-        with _probe_connect(found, conf.handshake_timeout) as sock:
-            _probe_starttls(sock)
-            with context.wrap_socket(sock) as tls:
-                peer = describe_peer(tls)
-    except (OSError, ValueError, ProtocolError):
-        return "It could not be looked at again"
-    names = ", ".join(peer.names) or "nobody"
-    return f"The certificate is for {names}, not for {name}; it {days_text(peer.not_after)}; its pin is {peer.pin}"
-
-
-# --- Daemon --------------------------------------------------------------------------------------
-
-
-class Daemon:
-    """The running program: configuration, listeners, pidfile, user, reload and stop."""
-
-    def __init__(self, path, args, log):
-        self.path, self.args, self.log = os.path.abspath(path), args, log
-        self.listeners = {}                     # (family, address as configured, shim if any port will do) -> Side
-        self.began = time.monotonic()
-        self.conf = self.loop = self._pidfile = self._notify = None
-
-    def run(self, ready):
-        """Open everything, become the user, say ready() and serve; ConfigError or OSError before that."""
-        conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
-        if conf.log == "stderr" and not self.args.foreground:
-            raise ConfigError(conf.at("log") + "stderr needs -F or -D")
-        self.conf = conf
-        os.umask(0o027)
-        self.log.use(*self._open_log(conf))
-        self._lock_pidfile()
-        self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)      # The loop learns of it through the wake-up descriptor.
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        self._apply(conf, credentials, warnings, self._handed_over())
-        try:
-            self._open_control()
-            self._open_notify()
-            self._drop_privileges()
-        except ConfigError:
-            self._remove_files()
-            raise
-        self.log(NOTICE, f"nutshim {VERSION} started, {ssl.OPENSSL_VERSION}")
-        self.notify("READY=1")
-        ready()
-        self._tell_expiries()
-        self._each_day()
-        self.loop.run()
-        return 0
-
-    def _open_log(self, conf):
-        """What log.use() takes."""
-        target = "stderr" if self.args.debug else conf.log
-        try:
-            return target, self.log.open(target)
-        except OSError as error:
-            raise conf.error("log", conf.log, error) from None
-
-    # Listeners.
-
-    def _apply(self, conf, credentials, warnings, handed_over=()):
-        """Make a configuration the running one: all of it or, on ConfigError, none."""
-        wanted, opened = {}, {}
-        shims = [Shim(self.loop, each, credentials[each.name]) for each in conf.shims]
-        try:
-            for shim in shims:
-                at = shim.conf.at("listen")
-                for key in self._listen_keys(shim.conf, at):
-                    if key in wanted:
-                        raise ConfigError(f"{at}{address_text(key[1])} is [{wanted[key].name}]'s already")
-                    sock = None
-                    if key not in self.listeners:
-                        sock = _take_handed_over(handed_over, key) or self._bind(key, at)
-                        if not sock:
-                            continue                    # An address of a family that this machine lacks.
-                        opened[key] = sock
-                    wanted[key] = shim
-                if shim not in wanted.values():
-                    raise ConfigError(at + "none of these addresses exists here")
-        except ConfigError:
-            for sock in opened.values():
-                sock.close()
-            raise
-        for key in [key for key in self.listeners if key not in wanted]:
-            self.listeners.pop(key).close()
-        for key, shim in wanted.items():
-            if key in opened:
-                self.listeners[key] = self.loop.listen(opened[key], shim)
-                upstream = ", ".join(target.text for target in shim.targets)
-                self.log(INFO, f"[{shim.name}] listening on {address_text(opened[key].getsockname())} "
-                               f"({shim.conf.role}, upstream {upstream})")
-            self.listeners[key].shim = shim
-        for shim in self.loop.shims:
-            shim.retire(shims)
-        self.loop.shims, self.loop.max_sessions, self.conf = shims, conf.max_sessions, conf
-        for text in warnings:
-            self.log(WARNING, text)
-
-    def _listen_keys(self, conf, at):
-        keys = {}
-        for host, port in conf.listen:
+    async def _steps(self):
+        shim, target, conf = self._shim, self._target, self._shim.conf
+        job = functools.partial(look_up, target.host, target.port)
+        limit = self._limit()
+        found = await in_thread(self._loop, job)
+        self._say("resolve", f"{target.host}: {', '.join(address_text(each) for _, each in found)}")
+        for number, (family, address) in enumerate(found, 1):
             try:
-                for where in ("0.0.0.0", "::") if host == "*" else (host,):
-                    keys.update(((family, address, "" if port else conf.name), None) for family, address in look_up(where, port))
-            except OSError as error:
-                raise ConfigError(f"{at}{host}: {error.strerror}") from None
-        return keys
-
-    def _bind(self, key, at):
-        family, address, _ = key
-        sock = None
+                conn, _ = await reached(shim, self, target, family, address, self._say)
+                break
+            except OSError:
+                if number == len(found):
+                    raise
+            except ProtocolError as error:
+                if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                    self._step = "name" if error.__cause__.verify_code in (62, 64) else "chain"
+                    error = ProtocolError(error.reason, f"{error}. "
+                                          + await self._stranger(family, address))
+                elif error.reason is Reason.PIN:
+                    self._step = "pin"
+                raise error
+        self._loop.timed.discard(limit)
+        peer, unchecked = conn.peer, f"not checked, as verify = {conf.verify}"
+        self._say("certificate", f"{', '.join(peer.names) or 'without names'}, "
+                                 f"{days_text(peer.not_after)}")
+        self._say("chain", "OK" if conf.verify in ("full", "chain") else unchecked)
+        self._say("name", f"{self._name} OK" if conf.verify == "full" else unchecked)
+        self._say("pin", peer.pin + (" OK" if conf.pin else ""))
+        limit = self._limit()
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            tune(sock)                                  # Accepted sockets inherit it.
-            sock.bind(address)
-            sock.listen(BACKLOG)
-            sock.setblocking(False)
-            return sock
-        except OSError as error:
-            if sock:
-                sock.close()
-            if family == socket.AF_INET6 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                return None
-            hint = {errno.EACCES: "; below 1024 a port needs root at the start", errno.EADDRINUSE: "; another program has it"}
-            raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint.get(error.errno, '')}") from None
+            for command in (b"VER\n", b"LIST UPS\n"):
+                self._step = "upsd"
+                await self._ask(conn, command)
+        finally:
+            conn.close()
+            self._loop.timed.discard(limit)
 
-    def _handed_over(self):
-        """The sockets that systemd has opened (sd_listen_fds(3))."""
-        count = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
-        socks = [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
-        for sock in socks:
-            tune(sock)
-            sock.setblocking(False)
-        return socks
+    async def _ask(self, conn, command):
+        conn.send(command)
+        replies, answer, ends = Replies(), b"", []
+        word = command.decode().strip()
+        while not ends:
+            data = await received(conn)
+            if not data:
+                raise ProtocolError(Reason.UPSTREAM, f"closed before it answered {word}: does upsd "
+                                                     f"run there? The server shim's log tells")
+            answer, ends = answer + data, replies.feed(data)
+        if answer.startswith(b"ERR"):
+            raise ProtocolError(Reason.UPSTREAM, f"{word} was answered with "
+                                f"'{printable(answer.strip())}': what does permit say there?")
+        for line in answer.splitlines():
+            self._say("upsd", printable(line))
 
-    # The process: pidfile, user, service manager.
-
-    def _lock_pidfile(self):
-        """The lock, not the file, tells whether nutshim runs, so a stale file does no harm."""
-        path = self.conf.pidfile
+    async def _stranger(self, family, address):
+        """Whose certificate was refused: a second connection, on which nothing is said."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            conn = await connected(self._loop, self, family, address)
+            try:
+                await ask_for_tls(conn)
+                conn = await secured(conn, Engine(context, False), False)
+                peer = conn.peer
+            finally:
+                conn.close()
+        except (OSError, ValueError, ProtocolError):
+            return "It could not be looked at again"
+        names = ", ".join(peer.names) or "nobody"
+        return (f"The certificate is for {names}, not for {self._name}; "
+                f"it {days_text(peer.not_after)}; its pin is {peer.pin}")
+
+    def _done(self, _result, error):
+        self._loop.finished, self._worked = True, error is None
+        if isinstance(error, Late):
+            words = f"no answer within {self._shim.conf.handshake_timeout} s"
+        elif isinstance(error, ProtocolError):
+            pin = self._step == "pin"
+            words = f"{error}, which pin does not name" if pin else str(error)
+        elif error:
+            words = tls_error(error, self._name)
+        if error:
+            self._say(self._step, f"FAILED with {self._target.text}: {words}")
+
+
+# --- Process: pidfile, user, descriptors, service manager ----------------------------------------
+
+
+def prepare_process() -> None:
+    """Standard descriptors are open, no others but those that a service manager handed over."""
+    while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) <= 2:
+        pass                                    # Keep 0, 1 and 2 from our sockets.
+    try:
+        inherited = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        inherited = list(range(256))
+    for fd in inherited:
+        if fd >= 3 + handed_over_count():
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    try:
+        with open("/proc/self/comm", "w") as file:
+            file.write("nutshim")
+    except OSError:
+        pass
+
+
+def handed_over_count() -> int:
+    """How many sockets systemd has opened, from descriptor 3 on (sd_listen_fds(3))."""
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return int(os.environ.get("LISTEN_FDS", "0")) if ours else 0
+
+
+def raise_descriptor_limit(max_sessions: int) -> int:
+    """Room for so many sessions, two descriptors each; how many there is room for."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * max_sessions + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        for limit in ((wanted, max(wanted, hard)), (min(wanted, hard), hard)):
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+                break
+            except (OSError, ValueError):
+                continue
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return max_sessions
+    return min(max_sessions, max(1, (soft - SPARE_DESCRIPTORS) // 2))
+
+
+class Process:
+    """What the system knows of the daemon: its pidfile, its user, its service manager."""
+
+    def __init__(self, log: Log):
+        self._log = log
+        self._pidfile = self._notify = None
+
+    @property
+    def has_pidfile(self) -> bool:
+        return self._pidfile is not None
+
+    def lock_pidfile(self, conf: Conf, uid: int) -> None:
+        """The lock, not the file, tells whether nutshim runs, so a stale file does no harm.
+
+        ConfigError, also when nutshim runs already.
+        """
+        path = conf.pidfile
+        fd = None
+        try:
+            fd = open_own(path, os.O_RDWR, 0o644, uid)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(fd, 0)
             os.write(fd, b"%d\n" % os.getpid())
         except BlockingIOError:
             number = os.read(fd, 20).decode("ascii", "replace").strip()
-            raise ConfigError(f"{self.conf.at('pidfile')}{path}: nutshim is running already, as process {number}") from None
+            raise ConfigError(f"{conf.at('pidfile')}{path}: nutshim is running already, as process "
+                              f"{number}") from None
         except OSError as error:
-            fault = self.conf.error("pidfile", path, error)
-            if not self.args.foreground:
-                raise fault from None
-            return self.log(WARNING, f"{fault}; -c will not work")
+            raise conf.error("pidfile", path, error) from None
         self._pidfile = fd
 
-    def _drop_privileges(self):
-        conf = self.conf
-        account = None
-        if conf.user or os.geteuid() == 0:
-            try:
-                account = pwd.getpwnam(conf.user or "nut")
-            except KeyError:
-                self.log(WARNING, conf.at("user") + "going on as root, since there is no user nut")
-        if account and account.pw_uid == os.geteuid():
-            account = None
+    def remove_files(self, conf: Conf) -> None:
+        if self._pidfile is not None:
+            os.ftruncate(self._pidfile, 0)
+            for path in (conf.pidfile, control_path(conf)):
+                try:
+                    os.unlink(path)
+                except OSError:
+                    pass                        # In /run only root may: an empty file stays.
+
+    def drop_privileges(self, conf: Conf, account) -> None:
+        """chroot, then the account's user and group, and no others; ConfigError."""
         at = conf.at("user")
         try:
             if account and self._pidfile is not None:
                 os.lchown(control_path(conf), account.pw_uid, account.pw_gid)
-            if account and self.log.fd > 2:
-                os.fchown(self.log.fd, account.pw_uid, account.pw_gid)
+            if account and self._log.fd > 2:
+                os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
                 import ipaddress                # noqa: F401  Out of reach afterwards.
+                import json                     # noqa: F401
                 "".encode("utf-16-be")
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
@@ -2305,29 +3537,28 @@ class Daemon:
             os.setuid(account.pw_uid)
         except OSError as error:
             raise ConfigError(at + error.strerror) from None
-        if (os.getresuid(), os.getresgid(), os.getgroups()) != ((account.pw_uid,) * 3, (account.pw_gid,) * 3, []):
+        if not _is_only(account.pw_uid, account.pw_gid):
             raise ConfigError(at + "the change of user did not work")
-        for path in [conf.path] + [path for shim in conf.shims
-                                   for path in [shim.certificate, shim.key, shim.trust] + (shim.crl or [])]:
-            if path and path != "system" and not os.access(path, os.R_OK):
-                self.log(WARNING, f"{path}: {account.pw_name} cannot read it, so a reload will fail; "
-                                  f"'chgrp {account.pw_gid} {path}' and 'chmod g+r' let it")
+        for path in [conf.path] + [path for shim in conf.shims for path in shim.files()]:
+            if not os.access(path, os.R_OK):
+                self._log(WARNING, f"{path}: {account.pw_name} cannot read it, so a reload will fail; "
+                                   f"'chgrp {account.pw_gid} {path}' and 'chmod g+r' let it")
 
-    def _open_notify(self):
+    def open_notify(self, loop: Loop) -> None:
         path = os.environ.get("NOTIFY_SOCKET")
         if path:
             self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._notify.setblocking(False)
             if self._notify.connect_ex("\0" + path[1:] if path[0] == "@" else path):
-                self.log(WARNING, f"NOTIFY_SOCKET {path} does not answer")
+                self._log(WARNING, f"NOTIFY_SOCKET {path} does not answer")
             if os.environ.get("WATCHDOG_USEC", "").isdigit():
-                self._watchdog(int(os.environ["WATCHDOG_USEC"]) / 2e6)
+                self._watchdog(loop, int(os.environ["WATCHDOG_USEC"]) / 2e6)
 
-    def _watchdog(self, seconds):
+    def _watchdog(self, loop, seconds):
         self.notify("WATCHDOG=1")
-        self.loop.at(seconds, lambda: self._watchdog(seconds))
+        Timer(loop, seconds, lambda: self._watchdog(loop, seconds))
 
-    def notify(self, text):
+    def notify(self, text: str) -> None:
         """Tell the service manager (sd_notify(3))."""
         if self._notify:
             try:
@@ -2335,60 +3566,238 @@ class Daemon:
             except OSError:
                 pass
 
-    # Requests: signals and the status socket.
+
+def _is_only(uid, gid):
+    """This process has that user and group alone, and cannot go back."""
+    ids = [os.getuid(), os.geteuid()], [os.getgid(), os.getegid()]
+    if hasattr(os, "getresuid"):
+        ids = list(os.getresuid()), list(os.getresgid())
+    elif uid:
+        try:
+            os.seteuid(0)                       # macOS, NetBSD: a saved uid of root would allow it.
+            return False
+        except OSError:
+            pass
+    # Up to FreeBSD 14 getgroups() names the effective group as well.
+    return set(ids[0]) == {uid} and set(ids[1]) == {gid} and set(os.getgroups()) <= {gid}
+
+
+# --- Daemon --------------------------------------------------------------------------------------
+
+
+def listen_keys(conf: Conf) -> list:
+    """The addresses that listen names: (family, address, the shim's name if any port will do)."""
+    keys: dict = {}
+    for host, port in conf.listen:
+        try:
+            for where in ("0.0.0.0", "::") if host == "*" else (host,):
+                keys.update(((family, address, "" if port else conf.name), None)
+                            for family, address in look_up(where, port))
+        except OSError as error:
+            raise ConfigError(f"{conf.at('listen')}{host}: {error.strerror}") from None
+    return list(keys)
+
+
+def is_absent(family: int, address: tuple) -> bool:
+    """Whether this machine does not have that address, or not yet."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.bind((address[0], 0) + address[2:])
+    except OSError as error:
+        return error.errno == errno.EADDRNOTAVAIL
+    return False
+
+
+def bind_anyway(sock: socket.socket, address: tuple) -> None:
+    """Bind to an address that may come later: a tentative one of IPv6 at boot, a VPN's."""
+    six = sock.family == socket.AF_INET6
+    if sys.platform.startswith("linux"):
+        options = [(socket.IPPROTO_IPV6, 78), (socket.IPPROTO_IP, 15)] if six else [(socket.IPPROTO_IP, 15)]
+    elif sys.platform.startswith("freebsd"):
+        options = [(socket.IPPROTO_IPV6, 64) if six else (socket.IPPROTO_IP, 24)]
+    else:
+        options = []
+    for level, option in options:               # IPV6_FREEBIND, IP_FREEBIND; IPV6_ and IP_BINDANY
+        try:
+            sock.setsockopt(level, option, 1)
+            break
+        except OSError:
+            pass
+    sock.bind(address)
+
+
+def open_listener(key: tuple, at: str) -> Optional[socket.socket]:
+    """A bound socket; None where the machine lacks the whole family; ConfigError."""
+    family, address, _ = key
+    sock = None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        tune(sock)                              # Accepted sockets inherit it.
+        try:
+            sock.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            bind_anyway(sock, address)
+        return sock
+    except OSError as error:
+        if sock:
+            sock.close()
+        if family == socket.AF_INET6 and error.errno == errno.EAFNOSUPPORT:
+            return None
+        if address[0] in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL:
+            return None                         # IPv6 is switched off.
+        hint = {errno.EACCES: "; below 1024 a port needs root at the start",
+                errno.EADDRINUSE: "; another program has it"}.get(error.errno, "")
+        raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint}") from None
+
+
+def absent_addresses(conf: Conf) -> list:
+    """A warning for each address of listen that this machine does not have."""
+    return [f"{conf.at('listen')}{address[0]}: this machine has no such address (yet)"
+            for family, address, _ in listen_keys(conf)
+            if address[0] not in ("::", "::1") and is_absent(family, address)]
+
+
+class Daemon:
+    """The running program: its configuration and listeners, reload and stop."""
+
+    def __init__(self, path: str, args, log: Log):
+        self.path, self.args, self.log = os.path.abspath(path), args, log
+        self.listeners: dict = {}               # key of listen_keys() -> Listener
+        self.shims: list = []
+        self.began = time.monotonic()
+        self.loaded = 0.0                       # When, in seconds since 1970.
+        self.conf = self.loop = self.account = None
+        self.process = Process(log)
+
+    def run(self, ready: Callable) -> int:
+        """Open everything, become the user, say ready() and serve; ConfigError before that."""
+        conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
+        if conf.log == "stderr" and not self.args.foreground:
+            raise ConfigError(conf.at("log") + "stderr needs -F or -D")
+        self.conf, self.account = conf, self._account(conf)
+        os.umask(0o027)
+        self.log.use(*self._open_log(conf))
+        process = self.process
+        try:
+            process.lock_pidfile(conf, self._uid())
+        except ConfigError as fault:
+            if not self.args.foreground or "running already" in str(fault):
+                raise
+            self.log(WARNING, f"{fault}; -c will not work")
+        self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)      # The loop learns of it by the wake-up byte.
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        self._apply(conf, credentials, warnings, _handed_over())
+        try:
+            if process.has_pidfile:
+                self._open_control()
+            process.open_notify(self.loop)
+            process.drop_privileges(conf, self.account)
+        except ConfigError:
+            process.remove_files(conf)
+            raise
+        self.log(NOTICE, f"nutshim {VERSION} started, {ssl.OPENSSL_VERSION}")
+        if self.log.debug:
+            self.log(DEBUG, f"runs from {'source: ' + FROM_SOURCE if FROM_SOURCE else 'bytecode'}")
+        process.notify("READY=1")
+        ready()
+        self._tell_expiries()
+        self._each_day()
+        self.loop.run()
+        return 0
+
+    def _account(self, conf):
+        """Whom to become: None when that is who we are."""
+        account = None
+        if conf.user or os.geteuid() == 0:
+            try:
+                account = pwd.getpwnam(conf.user or "nut")
+            except KeyError:
+                self.log(WARNING, conf.at("user") + "going on as root, since there is no user nut")
+        return account if account and account.pw_uid != os.geteuid() else None
+
+    def _uid(self):
+        return self.account.pw_uid if self.account else os.geteuid()
+
+    def _open_log(self, conf):
+        """What log.use() takes."""
+        target = "stderr" if self.args.debug else conf.log
+        if target == "syslog" and self.args.foreground and not any(map(os.path.exists, SYSLOG_PATHS)):
+            if "log" not in conf.lines:
+                self.log(NOTICE, "no syslog here, so the log goes to stderr")
+                target = "stderr"
+        try:
+            return target, open_log(target, self._uid())
+        except OSError as error:
+            raise conf.error("log", conf.log, error) from None
 
     def _open_control(self):
-        if self._pidfile is None:
-            return
         path = control_path(self.conf)
         try:
-            if os.path.exists(path):
-                os.unlink(path)                         # A killed daemon's: the pidfile's lock is ours.
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            mask = os.umask(0o177)
-            sock.bind(path)
-            os.umask(mask)
+            Control(self, path)
         except OSError as error:
             raise self.conf.error("pidfile", path, error) from None
-        sock.listen(8)
-        sock.setblocking(False)
-        side = Side(self.loop.selector, sock, None, lambda: self._control_accept(side))
 
-    def _control_accept(self, listener):
+    def _apply(self, conf, credentials, warnings, handed_over=()):
+        """Make a configuration the running one: all of it or, on ConfigError, none."""
+        wanted, opened = {}, {}
+        shims = [Shim(self.loop, each, credentials[each.name]) for each in conf.shims]
         try:
-            sock = listener.sock.accept()[0]
-        except BlockingIOError:
-            return
-        except OSError:
-            sock = self.loop.accept_with_spare(listener)
-            if not sock:
-                return
-            self.loop.hold_spare()
-        sock.setblocking(False)
-        side = Side(self.loop.selector, sock, None, lambda: self._control_read(side))
+            for shim in shims:
+                at = shim.conf.at("listen")
+                for key in listen_keys(shim.conf):
+                    if key in wanted:
+                        raise ConfigError(f"{at}{address_text(key[1])} is [{wanted[key].name}]'s already")
+                    if key not in self.listeners:
+                        sock = _take_handed_over(handed_over, key) or open_listener(key, at)
+                        if not sock:
+                            continue
+                        opened[key] = sock
+                    wanted[key] = shim
+                if shim not in wanted.values():
+                    raise ConfigError(at + "none of these addresses exists here")
+                warnings += absent_addresses(shim.conf)
+        except ConfigError:
+            for sock in opened.values():
+                sock.close()
+            raise
+        for key in [key for key in self.listeners if key not in wanted]:
+            self.listeners.pop(key).close()
+        for key, shim in wanted.items():
+            if key in opened:
+                self.listeners[key] = Listener(self.loop, opened[key], shim)
+                upstream = ", ".join(target.text for target in shim.targets)
+                self.log(INFO, f"[{shim.name}] listening on {address_text(opened[key].getsockname())} "
+                               f"({shim.conf.role}, upstream {upstream})")
+            self.listeners[key].shim = shim
+        for shim in self.shims:
+            shim.retire(shims)
+        self.shims, self.conf, self.loaded = shims, conf, time.time()
+        self.loop.max_sessions = raise_descriptor_limit(conf.max_sessions)
+        if self.loop.max_sessions < conf.max_sessions:
+            warnings.append(f"{conf.at('max_sessions')}the limit of open files bears only "
+                            f"{self.loop.max_sessions} sessions; raise it (ulimit -n, LimitNOFILE)")
+        for text in warnings:
+            self.log(WARNING, text)
 
-    def _control_read(self, side):
-        data = side.recv()
-        if data is None:
-            return
-        side.on_write = lambda: (side.flush(), side.out or side.close())
-        side.on_read = side.close
-        answer = "ERR\nan internal error, which the log tells"
-        try:
-            answer = self._request(data.decode("ascii", "replace").strip())
-        finally:
-            side.send(answer.encode())
-            if not side.out:
-                side.close()
+    # Requests: signals and the status socket.
 
-    def _request(self, word):
+    def request(self, word: str) -> str:
+        """A word from the status socket; its answer."""
         if word == "status":
+            import json
             return "OK\n" + json.dumps(status_data(self))
         if word == "reload":
             fault = self.reload()
             return "ERR\n" + fault if fault else "OK\nreloaded"
         if word == "stop":
-            self.loop.at(0, self.stop)
+            Timer(self.loop, 0, self.stop)
             return "OK\nstopping"
         return "ERR\nexpected status, reload or stop"
 
@@ -2398,82 +3807,94 @@ class Daemon:
         elif number in (signal.SIGTERM, signal.SIGINT):
             self.stop()
 
-    def reload(self):
-        """Take the configuration anew; on a fault nothing changes. Returns the fault, or None."""
+    def reload(self) -> Optional[str]:
+        """Read the configuration again; on a fault nothing changes. Returns the fault, or None."""
         if self.loop.stopping:
             return "nutshim is stopping"
-        self.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
+        self.process.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
         old, log = self.conf, None
         try:
             conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
             fixed = [option for option in ("user", "chroot", "pidfile", "handshake_threads")
-                     if getattr(conf, option) != getattr(old, option) and (option in conf.lines or option in old.lines)]
+                     if getattr(conf, option) != getattr(old, option)
+                     and (option in conf.lines or option in old.lines)]
             for option in ("user", "chroot", "pidfile"):
                 setattr(conf, option, getattr(old, option))
-            log = self._open_log(conf)
+            try:
+                log = self._open_log(conf)
+            except ConfigError as fault:
+                if conf.log != old.log:
+                    raise
+                warnings.append(f"{fault}; the log goes on in the file that is open")
             self._apply(conf, credentials, warnings)
         except (ConfigError, OSError) as error:
             if log and log[1] > 2:
                 os.close(log[1])
             text = str(error) + (f"\n(looked for inside the chroot {old.chroot})" if old.chroot else "")
             self.log(ERROR, "reload failed, going on as before:\n" + text)
-            self.notify("READY=1")
+            self.process.notify("READY=1")
             return text
-        self.log.use(*log)
+        if log:
+            self.log.use(*log)
         if fixed:
             self.log(WARNING, ", ".join(fixed) + ": takes effect at the next start")
         self.log(NOTICE, f"reloaded {self.path}")
         self._tell_expiries()
-        self.notify("READY=1")
+        self.process.notify("READY=1")
         return None
 
     def _each_day(self):
-        self.loop.at(86400, lambda: (self._tell_expiries(), self._each_day()))
+        Timer(self.loop, 86400, self._next_day)
+
+    def _next_day(self):
+        self._tell_expiries()
+        self._each_day()
 
     def _tell_expiries(self):
-        for shim in self.loop.shims:
+        for shim in self.shims:
             for what, end in shim.credentials.expiries:
                 days = (end - time.time()) / 86400
                 self.log(ERROR if days < 0 else WARNING if days < EXPIRY_WARNING else INFO,
                          f"[{shim.name}] {what} {days_text(end)}")
 
-    def stop(self):
+    def stop(self) -> None:
         """No new sessions, the replies under way, the end."""
         loop = self.loop
         if loop.stopping:
             return
         loop.stopping = True
         self.log(NOTICE, f"stopping with {len(loop.sessions)} sessions")
-        self.notify("STOPPING=1")
-        for side in self.listeners.values():
-            side.close()
-        for shim in loop.shims:
-            shim.retire(())
+        self.process.notify("STOPPING=1")
+        for listener in self.listeners.values():
+            listener.close()
         for session in list(loop.sessions):
             loop.guarded(session, session.stop)
-        self._end(loop.now + STOP_GRACE)
+        self._end(loop.now, loop.now + STOP_GRACE)
 
-    def _end(self, deadline):
+    def _end(self, began, deadline):
         loop = self.loop
         for session in list(loop.sessions):
-            if session.state == ENDING and not session.client.out and session.client.settled():
-                session.close(Reason.STOP)              # Its last reply has been acknowledged meanwhile.
+            # Their last words have gone to the kernel, and there was time for an answer to them.
+            if session.state == ENDING and not session.client.out and loop.now > began + 0.2:
+                session.close(Reason.STOP)
         if loop.sessions and loop.now < deadline:
-            return loop.at(0.1, lambda: self._end(deadline))
+            Timer(loop, 0.1, lambda: self._end(began, deadline))
+            return
         for session in list(loop.sessions):
             session.close(Reason.STOP)
+        for shim in self.shims:
+            shim.shared.retire()
         loop.finished = True
-        self._remove_files()
+        self.process.remove_files(self.conf)
         self.log(NOTICE, "stopped")
 
-    def _remove_files(self):
-        if self._pidfile is not None:
-            os.ftruncate(self._pidfile, 0)
-            for path in (self.conf.pidfile, control_path(self.conf)):
-                try:
-                    os.unlink(path)
-                except OSError:
-                    pass                                # In /run only root may: an empty file stays.
+
+def _handed_over():
+    """The sockets that systemd has opened."""
+    socks = [socket.socket(fileno=fd) for fd in range(3, 3 + handed_over_count())]
+    for sock in socks:
+        tune(sock)
+    return socks
 
 
 def _take_handed_over(socks, key):
@@ -2487,8 +3908,8 @@ def _take_handed_over(socks, key):
 # --- Main ----------------------------------------------------------------------------------------
 
 
-def background(run):
-    """Double fork. The parent waits until the daemon is ready, so that a failed start is told; exit status."""
+def background(run: Callable) -> int:
+    """Double fork. The parent waits until the daemon is ready, so a failed start is told."""
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
@@ -2497,7 +3918,7 @@ def background(run):
     if os.fork():
         os._exit(0)
 
-    null = os.open(os.devnull, os.O_RDWR)              # Before a chroot hides it.
+    null = os.open(os.devnull, os.O_RDWR)       # Before a chroot hides it.
 
     def ready():
         for fd in (0, 1, 2):
@@ -2507,12 +3928,14 @@ def background(run):
     return run(ready)
 
 
-def print_check(conf, credentials, warnings):
-    for text in warnings:
+def print_check(conf: Conf, credentials: dict, warnings: list) -> None:
+    """-t, when no fault was found."""
+    for text in warnings + [text for shim in conf.shims for text in absent_addresses(shim)]:
         print(f"warning: {text}")
     for shim in conf.shims:
         held = credentials[shim.name]
-        listen, upstream = (", ".join(map(address_text, addresses)) for addresses in (shim.listen, shim.upstream))
+        listen, upstream = (", ".join(map(address_text, addresses))
+                            for addresses in (shim.listen, shim.upstream))
         print(f"[{shim.name}] {shim.role} on {listen}, upstream {upstream}")
         for what, end in held.expiries:
             print(f"    {what} {days_text(end)}")
@@ -2521,46 +3944,57 @@ def print_check(conf, credentials, warnings):
     print(f"{conf.path}: no fault found")
 
 
-def main(argv=None) -> int:
+def main(argv: Optional[list] = None) -> int:
+    import argparse
+    for stream in (sys.stdout, sys.stderr):
+        if stream:                                      # A terminal may lack a name's characters.
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="nutshim.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="TLS 1.3 for NUT: in front of upsd (role server) and of upsmon, upsc, ... (role client).",
-        epilog="options in nutshim.conf:\n" + "\n".join(f"  {each.name:25} {each.help}" for each in OPTIONS))
+        description="TLS 1.3 for NUT: in front of upsd (role server) and of upsmon, upsc, ... "
+                    "(role client).",
+        epilog="options in nutshim.conf:\n" + "\n".join(f"  {each.name:25} {each.help}"
+                                                        for each in OPTIONS))
     add = parser.add_argument
     add("-f", metavar="FILE", dest="file", help="configuration file")
-    add("-D", action="count", default=0, dest="debug", help="debug: foreground, log to stderr; repeat for more")
+    add("-D", action="count", default=0, dest="debug",
+        help="debug: foreground, log to stderr, with each step of an opening; -DD: protocol words too")
     add("-F", action="store_true", dest="foreground", help="foreground, log where the option log says")
-    add("-u", metavar="USER", dest="user", help="become USER once the ports are open")
+    add("-u", metavar="USER", dest="user", help="user to run as once the ports are open")
     add("-r", metavar="DIR", dest="chroot", help="confine to DIR")
     add("-t", action="store_true", dest="test", help="check the configuration, report every fault")
     add("-c", choices=("reload", "stop", "status"), dest="command", help="speak to the running daemon")
     add("--json", action="store_const", const="json", dest="form", help="with -c status")
     add("--prometheus", action="store_const", const="prometheus", dest="form", help="with -c status")
     add("-p", metavar="NAME", dest="probe", help="probe client shim NAME's upstream")
-    add("-V", action="version", version=f"nutshim {VERSION}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}")
+    version = f"nutshim {VERSION}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}"
+    add("-V", action="version", version=version)
     args = parser.parse_args(argv)
-    while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) <= 2:
-        pass                                            # Started with 0, 1 or 2 closed: keep them from our sockets.
     args.foreground = args.foreground or args.debug > 0
     try:
         path = args.file or find_config()
         if args.command:
             return control(args.command, read_config(path)[0], args.form)
-        conf, credentials, warnings = check_config(path, args.user, args.chroot)
-        if args.test:
-            print_check(conf, credentials, warnings)
-        elif args.probe:
-            for shim in conf.shims:
-                if shim.name == args.probe and shim.role == CLIENT:
-                    return probe(shim, credentials[shim.name].context)
-            raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]")
-        else:
-            daemon = Daemon(path, args, Log(args.debug))
-            return daemon.run(lambda: None) if args.foreground else background(daemon.run)
-        return 0
+        if args.test or args.probe:
+            return check(path, args)
+        prepare_process()
+        daemon = Daemon(path, args, Log(args.debug))
+        return daemon.run(lambda: None) if args.foreground else background(daemon.run)
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr, flush=True)
         return 1
+
+
+def check(path: str, args) -> int:
+    """-t and -p."""
+    conf, credentials, warnings = check_config(path, args.user, args.chroot)
+    if args.test:
+        print_check(conf, credentials, warnings)
+        return 0
+    for shim in conf.shims:
+        if shim.name == args.probe and shim.role == CLIENT:
+            return probe(shim, credentials[shim.name])
+    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Most tests call main() itself; those about exit codes and about where files are 
 """
 
 import os
+import random
 import re
 import shutil
 import sys
@@ -33,28 +34,41 @@ VALUES = {
                                         ("\u00b2", "whole number")]),
     "max_sessions": (["1", "100000"], [("0", "whole number"), ("many", "whole number")]),
     "role": ([], [("proxy", "server"), ("Server", "client")]),
-    "listen": (["*", "*:1401", "127.0.0.1", "[::1]:401", "::1", "localhost:0", "[fe80::1%lo]:401", "a.lan, b.lan:402,::"],
-               [("", "="), ("host:65536", "HOST[:PORT]"), ("host:x", "HOST[:PORT]"), ("a b", "HOST[:PORT]"), ("[::1", "HOST[:PORT]"),
+    "listen": (["*", "*:1401", "127.0.0.1", "[::1]:401", "::1", "localhost:0", "[fe80::1%lo]:401", "a.lan, b.lan:402,::",
+                "xn--bcher-kva.lan", "a_b", "0x.lan", '"a.lan", "b.lan:402"', "4.lan"],
+               [("", "="), ("host:65536", "HOST[:PORT]"), ("host:x", "HOST[:PORT]"), ("a b", "without blanks"), ("[::1", "HOST[:PORT]"),
                 ("a,,b", "HOST[:PORT]"), ("a,", "HOST[:PORT]"), ("b\u00fccher.lan", "xn--"), ("1::2::3", "HOST[:PORT]"),
-                ("[a.lan]:401", "HOST[:PORT]")]),
-    "upstream": (["127.0.0.1", "ups.lan:3493", "[2001:db8::1]:401, ups.lan"], [("*", "host"), ("x:", "HOST[:PORT]"),
-                                                                             ("x:99999", "HOST[:PORT]")]),
+                ("[a.lan]:401", "HOST[:PORT]"), ("[1::2::3]:401", "HOST[:PORT]"), ("[127.0.0.1]:401", "HOST[:PORT]"),
+                ("401", "did you mean *:401?"), (":401", "did you mean *:401?"), ("a.lan, 401", "did you mean *:401?"),
+                ("99999", "four numbers"), ("10.1", "four numbers"), ("1.2.3:401", "four numbers"), ("0x7f000001", "four numbers"),
+                ("0x7f.1", "four numbers"), ("192.0.2.256", "four numbers"), ("192.0.2.1.", "four numbers"),
+                ("192.0.2.1/24", "HOST[:PORT]"), ("a..b", "HOST[:PORT]"), ("a" * 64, "HOST[:PORT]"), ("[::1%a b]", "without blanks"),
+                ("fe80::1", "%INTERFACE"), ("ups@host", "MONITOR"), ('"a,b"', "not 'a,b'"), ("http://a.lan", "HOST[:PORT]")]),
+    "upstream": (["127.0.0.1", "ups.lan:3493", "[2001:db8::1]:401, ups.lan", "fe80::1%eth0.2", "localhost."],
+                 [("*", "host"), ("x:", "HOST[:PORT]"), ("x:99999", "HOST[:PORT]"), ("x:0", "HOST[:PORT]"),
+                  ("3493", "did you mean localhost:3493?"), ("ups@localhost", "MONITOR"), ("a, ups@b:401", "MONITOR")]),
     "certificate": (["{server}"], [("no.pem", "No such file"), ("{empty}", "certificate"), ("{crl}", "certificate")]),
     "key": (["{key}"], [("no.key", "No such file"), ("{cert}", "private key"), ("{other_key}", "does not belong"),
                         ("{locked}", "encrypted")]),
     "trust": (["{ca}", "{folder}", "{both}"], [("no.pem", "No such file"), ("{empty}", "certificate"), ("{empty_folder}", "certificate"),
                                               ("{broken}", "cannot be read")]),
-    "verify": (["full", "chain"], [("yes", "full"), ("FULL", "none")]),
+    "verify": (["full", "chain"], [("yes", "full, chain, pin or none"), ("FULL", "not 'FULL'")]),
     "server_name": (["ups.lan", "192.0.2.1", "::1"], []),
     "pin": ([PIN, PIN + ", " + PIN], [("sha256//AAAA", "BASE64"), (PIN[8:], "sha256//"), (PIN + ",", "sha256//"),
-                                      ("sha256//" + "*" * 44, "BASE64")]),
+                                      ("sha256//" + "*" * 44, "BASE64"), ("sha256//" + "A" * 20 + "!" + "A" * 23 + "=", "BASE64"),
+                                      ("sha256//" + "A" * 42 + "B=", "BASE64"), ("sha256//" + "\u00e9" * 43 + "=", "BASE64"),
+                                      ("SHA256//" + PIN[8:], "sha256//")]),
     "crl": (["{crl}", "{crl}, {crl}"], [("no.crl", "No such file"), ("{ca}", "X509 CRL")]),
     "client_certificate": (["request", "require"], [("yes", "request"), ("on", "none")]),
-    "permit": (["*: read", "CN=a b.lan: monitor, DNS:x: primary, IP:::1: admin, URI:urn:x: read, email:a@b: read, %s: read" % PIN],
+    "permit": (["*: read", "CN=a b.lan: monitor, DNS:x: primary, IP:::1: admin, URI:urn:x: read, email:a@b: read, %s: read" % PIN,
+                '"CN=Smith, John": read, CN="a # b; c: d": admin', "CN=b\u00fcro: read"],
                [("*", "IDENTITY"), ("*: write", "monitor"), ("x: read", "CN="), ("DNS:: read", "DNS:"),
-                ("sha256//x: read", "sha256//"), ("*: read,", "IDENTITY")]),
-    "allow_from": (["127.0.0.1, 192.0.2.0/24, 2001:db8::/32"], [("192.0.2.1/24", "ADDRESS/BITS"), ("lan", "ADDRESS/BITS"),
-                                                               ("1.2.3.4/33", "ADDRESS/BITS")]),
+                ("sha256//x: read", "sha256//"), ("*: read,", "IDENTITY"), ("CN=a: root", "read, monitor, primary, admin"),
+                ("DNS:b\u00fccher.lan: read", "xn--"), ("IP:fe80::1%lo: read", "address"), ("IP:10.1: read", "address"),
+                ("dns:a: read", "DNS:"), ("CN=Smith, John: read", "IDENTITY")]),
+    "allow_from": (["127.0.0.1, 192.0.2.0/24, 2001:db8::/32", "::ffff:192.0.2.1", "192.0.2.0/255.255.255.0"],
+                   [("192.0.2.1/24", "192.0.2.0/24 or 192.0.2.1?"), ("lan", "ADDRESS/BITS"), ("1.2.3.4/33", "ADDRESS/BITS"),
+                    ("10.1", "ADDRESS/BITS"), ("5", "ADDRESS/BITS"), ("fe80::1%lo", "ADDRESS/BITS"), ("127.0.0.1,", "ADDRESS/BITS")]),
     "plaintext": (["refuse", "localhost"], [("yes", "refuse"), ("any", "localhost")]),
     "min_tls": (["1.3", "1.2"], [("1.1", "1.2"), ("TLSv1.3", "1.3")]),
     "max_sessions_per_address": (["1", "64"], [("0", "whole number"), ("", "=")]),
@@ -116,10 +130,12 @@ def base(files, role, option=None, value=None):
 
 
 def faults(text):
-    """The lines about faults, as {line number: text}."""
+    """The lines about faults, which stand in line order, as {line number: text}."""
     found = [re.match(r"FILE:(\d+): (.*)", line) for line in text.splitlines()]
     assert all(found), text
-    return {int(match.group(1)): match.group(2) for match in found}
+    numbers = [int(match.group(1)) for match in found]
+    assert numbers == sorted(numbers), text
+    return {number: "\n".join(match.group(2) for match in found if int(match.group(1)) == number) for number in numbers}
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -185,6 +201,18 @@ def test_where_a_shim_listens_and_goes(files, check):
     assert "upstream [2001:db8::1]:401, b:4, [::1]:401" in out
 
 
+def test_ipv4_written_as_ipv6(files, tmp_path):
+    """An IPv4 address in its IPv6 form means that IPv4 address, but for permit: a certificate's address has one form."""
+    text = "[s]\nrole = server\ncertificate = %s\nlisten = [::ffff:192.0.2.1]:4, ::FFFF:c000:201\n" % files["server"]
+    text += "allow_from = ::ffff:192.0.2.1, ::ffff:192.0.2.0/120, ::/8\nclient_certificate = request\n"
+    text += "trust = %s\npermit = IP:::ffff:192.0.2.1: read\n" % files["ca"]
+    conf, found = read_config(write(str(tmp_path / "nutshim.conf"), text))
+    assert not found
+    shim = conf.shims[0]
+    assert shim.listen == [("192.0.2.1", 4), ("192.0.2.1", 401)] and shim.permit == [("IP:::ffff:192.0.2.1", "read")]
+    assert [str(network) for network in shim.allow_from] == ["192.0.2.1/32", "192.0.2.0/24", "::/8"]
+
+
 # ---- the file -----------------------------------------------------------------------------------
 
 def test_comments_blanks_and_quotes(files, check):
@@ -195,6 +223,161 @@ def test_comments_blanks_and_quotes(files, check):
     assert (status, list(faults(err))) == (1, [8]), "a ; inside a word is no comment"
     status, out, err = check(text.replace(";x", " ;x"))
     assert (status, err) == (0, "") and "[s] server on *:401" in out
+
+
+def test_quotes_keep_what_is_in_them(files, check, tmp_path):
+    """Within quotes #, ;, =, commas and blanks are part of the value; lists are split at the commas outside."""
+    shutil.copy(files["server"], str(tmp_path / " a #b; c=d, e.pem"))
+    for name in ("x, y.crl", "z;.crl"):
+        shutil.copy(files["crl"], str(tmp_path / name))
+    text = 'log = "stderr" # "to the terminal\n[s] # "\nrole = "server"\ncertificate = " a #b; c=d, e.pem" ; say "so"\n' \
+           'client_certificate = require\ntrust = %s\ncrl = "x, y.crl" , z";".crl # and "this\n' \
+           'permit = "CN=a, b" : read,CN="c # d": admin\n' % files["ca"]
+    status, _, err = check(text)
+    assert (status, err) == (0, "")
+    shim = read_config(str(tmp_path / "nutshim.conf"))[0].shims[0]
+    assert shim.certificate == str(tmp_path / " a #b; c=d, e.pem")
+    assert shim.crl == [str(tmp_path / "x, y.crl"), str(tmp_path / "z;.crl")]
+    assert shim.permit == [("CN=a, b", "read"), ("CN=c # d", "admin")]
+    for value in ('"a.pem', 'a.pem"', '"a" "b', '"', '"a # b'):
+        status, _, err = check("[s]\nrole = server\ncertificate = %s\n" % value)
+        assert status == 1 and list(faults(err)) == [3] and "second quote" in err, err
+    for value in ('""', '" "'):
+        status, _, err = check("[s]\nrole = server\ncertificate = %s\n" % value)
+        assert status == 1 and list(faults(err)) == [3] and "name = value" in err, err
+
+
+def test_utf_8_with_and_without_a_mark(files, tmp_path, capsys):
+    """UTF-8 is read with a byte order mark or without, with names that are not ASCII, whatever the line ends."""
+    path = tmp_path / "nutshim.conf"
+    os.symlink(files["server"], str(tmp_path / "b\u00fcro.pem"))
+    text = "# caf\u00e9\n[b\u00fcro]\nrole = server\ncertificate = b\u00fcro.pem\n"
+    for data in (text.encode(), b"\xef\xbb\xbf" + text.encode(), text.replace("\n", "\r\n").encode("utf-8-sig"), text.encode()[:-1],
+                 b"# caf\xe9 in Latin-1\n" + text.encode()):
+        path.write_bytes(data)
+        assert nutshim.main(["-t", "-f", str(path)]) == 0
+        assert "[b\u00fcro] server on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding, mark", [
+    ("utf-16-le", ""), ("utf-16-be", ""), ("utf-16-le", "\ufeff"), ("utf-16-be", "\ufeff")])
+def test_utf_16_is_named(encoding, mark, files, tmp_path, capsys):
+    """A file in UTF-16, with or without a mark, is one fault that names its encoding; the command in it mends that."""
+    path = tmp_path / "nutshim.conf"
+    path.write_bytes((mark + base(files, "")[0]).encode(encoding))
+    assert nutshim.main(["-t", "-f", str(path)]) == 1
+    err = capsys.readouterr().err
+    name, command = re.match(r"%s:1: .*(UTF-16[LB]E).*'(iconv .*)'.*\n$" % re.escape(str(path)), err).groups()
+    assert name.replace("-", "") == encoding.upper().replace("-", "")
+    path.write_bytes(run(*command.replace("FILE", str(path)).split()).stdout.encode())
+    assert nutshim.main(["-t", "-f", str(path)]) == 0
+
+
+def test_other_encodings_and_odd_blanks_are_named(tmp_path, capsys):
+    """A byte that is not UTF-8, and a blank that is none, is a fault with its line that names it, and the only one there."""
+    path = tmp_path / "nutshim.conf"
+    good = "[c]\nrole = client\nupstream = a\nverify = none\n"
+    for data, number, words in (
+            (good.replace("= a", "= caf\u00e9").encode("latin-1"), 3, "byte 0xe9 is not UTF-8"),
+            (good.replace("[c]", "[\u00fcps]").encode("latin-1"), 1, "byte 0xfc is not UTF-8"),
+            (good.replace("= none", "=\u00a0none").encode(), 4, "U+00A0"),
+            (good.replace("role ", "role\u2003").encode(), 2, "U+2003"),
+            (good.replace("= client", "= client\u00a0").encode(), 2, "U+00A0"),
+            (good.replace("= client", "= client\u00a0# a comment").encode(), 2, "U+00A0"),
+            (good.replace("upstream", "\u200bupstream").encode(), 3, "U+200B"),
+            (good.replace("[c]", "[c]\u3000").encode(), 1, "U+3000"),
+            ((good + "\ufeff# joined").encode(), 5, "U+FEFF"),
+            (good.replace("= a", "= a\x07").encode(), 3, "control character (U+0007)")):
+        path.write_bytes(data)
+        assert nutshim.main(["-t", "-f", str(path)]) == 1
+        err = capsys.readouterr().err.replace(str(path), "FILE")
+        assert words in faults(err).get(number, ""), err
+        assert len(faults(err)) == 1 or "\u200bupstream" in data.decode("utf-8", "replace"), err
+        assert err.replace("\n", "").isprintable()
+    path.write_bytes(good.replace("= a", "= a # \u00a0\u200b\ufeff").encode() + b"# \xe9\x07\n")
+    assert nutshim.main(["-t", "-f", str(path)]) == 0, "comments may have anything"
+
+
+def test_a_terminal_without_the_characters(files, tmp_path):
+    """On a terminal that has only ASCII, -t and its faults are readable, not a traceback."""
+    for text, status, words in (("[b\u00fcro]\nrole = server\ncertificate = %s\n" % files["server"], 0, r"[b\xfcro] server on"),
+                                ("[b\u00fcro]\nr\u00f4le = server\n", 1, r"r\xf4le: no such option; did you mean role?")):
+        path = tmp_path / "nutshim.conf"
+        path.write_bytes(text.encode())
+        done = run_shim("-t", "-f", str(path), env=clean_env(PYTHONIOENCODING="ascii"))
+        assert done.returncode == status and words in done.stdout + done.stderr, done
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("word, near", [
+    ("verfy", "verify"), ("Role", "role"), ("MAX_SESSIONS", "max_sessions"), ("max-sessions", "max_sessions"),
+    ("certificat", "certificate"), ("lsiten", "listen"), ("turst", "trust"), ("client-certificate", "client_certificate"),
+    ("allowfrom", "allow_from"), ("pins", "pin"), ("colour", None), ("ca", None), ("port", None), ("x", None)])
+def test_near_names_are_suggested(word, near, check):
+    """An unknown option that looks like one there is, is told with that one; any other with where they are listed."""
+    _, _, err = check("[s]\nrole = client\nupstream = a\nverify = none\n%s = 1\n" % word)
+    expected = "did you mean %s?" % near if near else "'nutshim.py -h' lists them"
+    assert faults(err) == {5: "[s] %s: no such option; %s" % (word, expected)}
+
+
+def test_a_section_without_a_role(check):
+    """A section whose role is missing or wrong shows its other faults too."""
+    text = "[s]\n%s\nCertificate = c.pem\nlisten = 401\nlog = stderr\ntrust = \npin = x\nreuse = 3\npermit = *: read\n"
+    for role, number, words in (("", 1, "role: required: server (in front of upsd) or client"),
+                                ("Role = server", 2, "did you mean role?"), ("role = proxy", 2, "expected server or client"),
+                                ("role = global", 2, "not 'global'"), ("role", 2, "name = value")):
+        status, out, err = check(text % role)
+        found = faults(err)
+        assert (status, out) == (1, "") and words in found[number], err
+        assert set(found) - {1, 2} == {3, 4, 5, 6, 7}, err
+        assert "did you mean certificate?" in found[3] and "*:401" in found[4] and "above the first" in found[5]
+        assert (1 in found) == (not role.startswith("role")), err
+
+
+def test_one_mistake_is_one_fault(files, check):
+    """A line with a fault is not also told as an option that is missing or has no effect."""
+    for role, option, value in (("server", "certificate", '"a'), ("client", "upstream", "="), ("client", "upstream", "\u00a0a"),
+                                ("client", "trust", '"x'), ("client", "verify", "pins"), ("server", "client_certificate", "yes")):
+        text, number = base(files, role, option, value)
+        if value == "=":
+            text = text.replace("upstream = =", "upstream =")
+        if option == "client_certificate":
+            text = text.replace("[c]", "trust = %s\n[c]" % files["ca"])
+        if option == "verify":
+            text = text.replace("trust = ", "# trust = ")
+        status, _, err = check(text)
+        assert status == 1 and list(faults(err)) == [number] and err.count("\n") == 1, err
+
+
+def test_any_file_gives_faults_with_lines(files, tmp_path, capsys):
+    """Whatever is in the file, -t says good or gives faults, each with file and line, in line order; no traceback."""
+    rng = random.Random(14)
+    words = [option.name for option in OPTIONS] + ["[s]", "[c]", "[", "]", "=", " = ", '"', "#", ";", ",", ":", "\n", "\n", "\t",
+                                                   "\u00a0", "\ufeff", "\0", "\r", "%", "@", "0", "99999", "\x1b[2J", "\u202e", "*", "read", "x" * 70]
+    texts = [base(files, "")[0]]
+    for name, (good, bad) in VALUES.items():
+        texts += ["%s = %s\n" % (name, value.format(**files)) for value in good + [value for value, _ in bad]]
+    path = tmp_path / "nutshim.conf"
+    status = []
+    for _ in range(1000):
+        lines = [line for line in texts[0].splitlines(True) if rng.random() < 0.9]
+        for _ in range(rng.choice((0, 1, 3, 9))):
+            lines.insert(rng.randrange(len(lines) + 1), rng.choice(texts[1:]))
+        for _ in range(rng.choice((0, 1, 3))):
+            number = rng.randrange(len(lines))
+            at = rng.randrange(len(lines[number]) + 1)
+            lines[number] = lines[number][:at] + rng.choice(words) + lines[number][at + rng.choice((0, 0, 1, 5)):]
+        data = bytearray("".join(lines).encode())
+        if rng.random() < 0.2:
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        status.append(nutshim.main(["-t", "-f", str(path)]))
+        out, err = capsys.readouterr()
+        found = faults(err.replace(str(path), "FILE"))
+        assert bool(found) == bool(status[-1]) and ("no fault found" in out) == (not found), data
+        assert not found or max(found) <= data.count(b"\n") + 1, data
+        assert re.sub("[\n\t]", "", err).isprintable(), data
+    assert 30 < sum(status) < 970, "both kinds were seen"
 
 
 WRONG = """\
@@ -225,7 +408,7 @@ def test_all_faults_are_shown_at_once(check):
     assert (status, out) == (1, "")
     found = faults(err)
     for number, words in ((1, "role = client"), (2, "no such option"), (4, "line 3"), (5, "whole number"), (8, "line 7"),
-                          (9, "role = client"), (10, "HOST[:PORT]"), (11, "name = value"), (12, "name = value"), (13, "role"),
+                          (9, "role = client"), (10, "HOST[:PORT]"), (11, "name = value"), (12, "name = value"), (13, "role: required"),
                           (15, "[a]"), (17, "[section]"), (18, "[section]")):
         assert words in found.get(number, ""), (number, words, err)
 
@@ -234,15 +417,15 @@ def test_all_faults_are_shown_at_once(check):
     ("", 1, "[section]"),
     ("log = syslog\n", 1, "[section]"),
     ("role = server\n[s]\nrole = server\ncertificate = {server}\n", 1, "[section]"),
-    ("[s]\nrole = server\n", 1, "certificate"),
-    ("[c]\nrole = client\ntrust = {ca}\n", 1, "upstream"),
-    ("[c]\nrole = client\nupstream = a\n", 1, "trust"),
-    ("[c]\nrole = client\nupstream = a\nverify = chain\n", 1, "trust"),
-    ("[c]\nrole = client\nupstream = a\nverify = pin\n", 1, "pin"),
+    ("[s]\nrole = server\n", 1, "certificate: required (PEM; mkNUTcert.py makes it)"),
+    ("[c]\nrole = client\ntrust = {ca}\n", 1, "upstream: required (the host of the server shim)"),
+    ("[c]\nrole = client\nupstream = a\n", 1, "trust: required with verify = full (a PEM file, a folder, or system)"),
+    ("[c]\nrole = client\nupstream = a\nverify = chain\n", 1, "trust: required with verify = chain"),
+    ("[c]\nrole = client\nupstream = a\nverify = pin\n", 1, "pin: required with verify = pin"),
     ("[c]\nrole = client\nupstream = a\nverify = pin\npin = %s\ntrust = {ca}\n" % PIN, 6, "no effect"),
     ("[c]\nrole = client\nupstream = a\nverify = none\ncrl = {crl}\n", 5, "no effect"),
     ("[c]\nrole = client\nupstream = a\ntrust = {ca}\nkey = {key}\n", 5, "no effect"),
-    ("[s]\nrole = server\ncertificate = {server}\nclient_certificate = require\n", 1, "trust"),
+    ("[s]\nrole = server\ncertificate = {server}\nclient_certificate = require\n", 1, "trust: required with client_certificate = require"),
     ("[s]\nrole = server\ncertificate = {server}\nclient_certificate = request\n", 1, "trust"),
     ("[s]\nrole = server\ncertificate = {server}\ntrust = {ca}\n", 4, "no effect"),
     ("[s]\nrole = server\ncertificate = {server}\npin = %s\n" % PIN, 4, "no effect"),
