@@ -42,7 +42,7 @@ from wire import reset
 
 QUESTIONS = [
     "VER", "NETVER", "PROTVER", "HELP", "ver", "get var ups ups.status", "GET VAR ups ups.mfr", "GET VAR UPS Ups.Model",
-    "GET  VAR\tups  battery.charge ", "  GET VAR ups ups.status", "GET VAR ups nothing", "GET VAR nobody x",
+    "GET  VAR ups  battery.charge", "GET VAR ups nothing", "GET VAR nobody x",
     "GET VAR ups ups.model", "GET DESC ups ups.status", "GET TYPE ups ups.status", "GET UPSDESC ups", "GET UPSDESC nobody",
     "GET VAR ups ups.status\r", "LIST UPS", "LIST VAR ups", "list  var UPS", "LIST RW ups", "LIST CMD ups", "LIST VAR page",
     "LIST VAR nobody", "LIST ENUM ups ups.status", "LIST RANGE ups ups.status",
@@ -50,7 +50,7 @@ QUESTIONS = [
 ]
 LARGE = "LIST VAR many"
 ODD = [
-    "HELP me", "VER # why", '"GET" VAR ups "ups.mfr"', "GET VAR=ups ups.model", "GET VAR", "GET", "LIST", "GET TRACKING",
+    "GET  VAR\tups  battery.charge ", "  GET VAR ups ups.status", "HELP me", "VER # why", '"GET" VAR ups "ups.mfr"', "GET VAR=ups ups.model", "GET VAR", "GET", "LIST", "GET TRACKING",
     "G\\ET VAR ups battery.charge", "LIST NONSENSE", "GET VAR ups ups.status tag-{0}", "GET VAR ups\x01 ups.status",
     "GET NONSENSE ups tag-{0}", "LIST VAR ups tag-{0}", "NONSENSE tag-{0}", 'GET CMDDESC ups "tag-{0} \\" quoted"',
     "LISTVAR tag-{0}", "VER tag-{0}", 'GET CMDDESC "ups" tag-{0}', "GET\x0bVAR ups ups.mfr",
@@ -422,6 +422,7 @@ class Trial:
                     self.path.arm(self.chance.choice(hows), self.chance.randint(1, most), past)
         with Shim(self._config) as client:
             results, flows = self._drive(client, talks, trouble)
+        self.path.disarm()
         short = 0
         for talk, got, gave_up in results:
             talk.check(got, complete=False)

