@@ -69,6 +69,7 @@ UPSES = {"ups": {"ups.status": "OL", "ups.mfr": "Test", "ups.model": 'a "b" \\ #
          "page": dict(many_variables(118), **{"ups.status": "OL"}),
          "many": dict(many_variables(700), **{"ups.status": "OL"})}
 
+PAST = 4096                                         # bytes: beyond the handshakes
 STALL = 8                                           # seconds after which NUT's clients have long given up
 
 
@@ -261,7 +262,7 @@ Result = collections.namedtuple("Result", "talk got gave_up")
 
 
 def drive(port, talks, job, chance, clients=30, trouble=None):
-    """Hold all these conversations, so many at a time; trouble() is called in between. A list of Result."""
+    """Hold all these conversations, so many at a time; trouble(how many are over) is called in between. A list of Result."""
     waiting, active, results = list(reversed(talks)), [], []
     deadline = time.monotonic() + 60 + len(talks) / 20
     with selectors.DefaultSelector() as selector:
@@ -287,7 +288,7 @@ def drive(port, talks, job, chance, clients=30, trouble=None):
             if slow and not ready and events and all(key.data.slow for key, _ in events):
                 time.sleep(0.001)                   # their sockets are readable all the time
             if trouble:
-                trouble()
+                trouble(len(results))
             assert now < deadline, "these clients still wait: %s" % [
                 (client.talk.number, client.talk.data, client.got[-100:], client.pieces) for client in active]
     return results
@@ -410,12 +411,18 @@ class Trial:
         return "%d conversations, %d connections to upsd, %d of them shared" % (count, len(flows), shared)
 
     def broken(self, count, hows, events, kind=None, past=0):
-        """The line breaks at a random byte, so many times: each gets its own replies, or the beginning of them."""
-        talks = self._talks(count, kind)
-        done = [-1]
+        """The line breaks at a random byte, so many times at most: each gets its own replies, or the beginning of them.
 
-        def trouble():
-            if not self.path.armed and done[0] < events:
+        past: only a session that has carried so many bytes breaks, and not again before as many
+        conversations as there are at a time are over, so that everybody has been asked again.
+        """
+        talks = self._talks(count, kind)
+        done, next_at = [-1], [0]
+
+        def trouble(over):
+            if self.path.armed:
+                next_at[0] = over + self._clients * bool(past)
+            elif done[0] < events and over >= next_at[0]:
                 done[0] += 1
                 if done[0] < events:
                     most = self.chance.choice((60, 600, 6000, 60000))
@@ -432,7 +439,7 @@ class Trial:
                 short += talk.whole and got != talk.expected
         shared, _ = check_connections(flows, talks)
         assert shared and done[0], "nothing happened"
-        if past:        # with its session up, a break costs at most the one whose reply was under way
+        if past:        # a break of a session that works costs at most the one whose reply was under way
             assert short <= done[0], "%d breaks cost %d clients with questions alone replies" % (done[0], short)
         return "%d conversations, %d breaks; %d clients with questions alone got the end" % (count, done[0], short)
 
@@ -469,9 +476,9 @@ def main(argv=None):
         ("nothing breaks", lambda trial: trial.quiet(share * 8)),
         ("5 ms each way", lambda trial: trial.quiet(share * 2, delay=0.005)),
         ("replies cut at 512 bytes", lambda trial: trial.quiet(share, "cut")),
-        ("cut and reset", lambda trial: trial.broken(share * 3, ("cut", "reset"), share // 2, past=4096)),
+        ("cut and reset", lambda trial: trial.broken(share * 3, ("cut", "reset"), share // 2, past=PAST)),
         ("cut and reset, handshakes too", lambda trial: trial.broken(share * 2, ("cut", "reset"), share // 2)),
-        ("silenced", lambda trial: trial.broken(share * 2, ("forget",), max(3, share // 10), "questions", past=4096)),
+        ("silenced", lambda trial: trial.broken(share * 2, ("forget",), max(3, share // 10), "questions", past=PAST)),
         ("all of this", lambda trial: trial.broken(share, ("cut", "reset", "forget"), max(3, share // 10))),
         ("upsd restarts", lambda trial: trial.restarted(share)),
     )

@@ -17,7 +17,7 @@ import time
 
 import pytest
 import standin
-from differential_sessions import Trial
+from differential_sessions import PAST, Trial
 from harness import (FalseServer, Nut, PlainClient, Shim, TlsClient, client_context, free_port, many_variables, pair_config,
                      poll, tls, write)
 from lines import Path
@@ -89,12 +89,12 @@ def test_random_conversations_are_as_with_a_direct_connection(pki):
     """However they are torn, and whatever breaks, 30 clients at once get through a shared session what a direct
     connection gives them, each its own, and no login is ever heard on a connection of several clients."""
     with Trial(pki) as trial:
-        trial.quiet(300)
-        trial.quiet(30, "cut")
-        trial.broken(60, ("cut", "reset"), 15, past=4096)
-        trial.broken(60, ("cut", "reset"), 20)
-        trial.broken(60, ("forget",), 2, "questions", past=4096)
-        trial.restarted(60)
+        trial.quiet(200)
+        trial.quiet(20, "cut")
+        trial.broken(90, ("cut", "reset"), 10, past=PAST)
+        trial.broken(40, ("cut", "reset"), 20)
+        trial.broken(40, ("forget",), 1, "questions", past=PAST)
+        trial.restarted(30)
 
 
 # ---- what is shared, and what never --------------------------------------------------------------
@@ -181,6 +181,18 @@ def test_questions_before_a_login_are_answered_first(shim, pki, upstream, client
         assert client.recv_until_close() == expected
     assert not any(word in heard(server.peers[0]) for word in (b"USERNAME", b"PASSWORD", b"LOGIN ", b"TRACKING"))
     assert all(heard(peer).startswith(b"USERNAME") for peer in server.peers[1:]) and len(server.peers) == 3
+
+
+@pytest.mark.parametrize("odd", ['GET VAR "a\nb"', "GE\\\nT VAR ups b", "GET VAR ups b # x", ""])
+def test_starttls_keeps_its_place(odd, shim, pki, upstream, clients):
+    """STARTTLS is answered in its turn, behind the replies still owed, whatever comes behind it in the same read."""
+    lines = ["GET VAR ups ups.status", "USERNAME u", "STARTTLS", "LIST VAR ups", "STARTTLS", odd]
+    data = "".join(line + "\n" for line in lines).encode("ascii")
+    expected = standin.Session(standin.StandIn()).feed(data)
+    server = upstream()
+    client, = clients(shim(client_config(server.port, pki)).port("client"))
+    client.send(data)
+    assert client.recv_exactly(len(expected)) == expected
 
 
 def test_a_client_without_a_question_costs_upstream_nothing(shim, pki, upstream, clients):
@@ -361,7 +373,7 @@ def test_an_upstream_that_answers_oddly_is_not_shared(name, odd_ground, clients)
     for client, questions in zip(others, asked):
         whole_or_end(client, b"".join(reply for _, reply in questions))
     right = standin.Session(server.upsd).feed(question.encode("ascii") + b"\n")
-    odd.sock.settimeout(2)
+    odd.sock.settimeout(1)
     got = b""
     with contextlib.suppress(socket.timeout, ConnectionResetError):
         while len(got) < min(len(right), len(how(right))):
@@ -448,11 +460,13 @@ def test_a_shared_session_that_ends_is_replaced_unseen(how, shim, pki, upstream,
     here = clients(*[port] * 5)
     for client in here:
         answers(client, "before")
-    for number, client in enumerate(here):
-        client.send("LIST VAR ups\n%s\nSTARTTLS\nVER\n" % tagged("deadly" if number == 2 else "x%d" % number)[0])
-    for number, client in enumerate(here):
-        direct = standin.Session(server.upsd).feed(
-            b"LIST VAR ups\n%s\nSTARTTLS\nVER\n" % tagged("deadly" if number == 2 else "x%d" % number)[0].encode("ascii"))
+    said = ["LIST VAR ups\n%s\nSTARTTLS\nVER\n%s" % (
+        tagged("deadly" if number == 2 else "x%d" % number)[0], "GET VAR ups ups.mfr\n" * 10 * (number % 2))
+            for number in range(len(here))]
+    for client, data in zip(here, said):
+        client.send(data)
+    for client, data in zip(here, said):
+        direct = standin.Session(server.upsd).feed(data.encode("ascii"))
         assert client.recv_exactly(len(direct)) == direct
         answers(client, "after")
     assert len(server.peers) == 2
