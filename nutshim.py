@@ -72,6 +72,8 @@ def _start_from_bytecode(code, argv) -> str:
     """Become the same program, started from its bytecode; the reason if that cannot be done."""
     if any(word[:2] in ("-t", "-c", "-p", "-V", "-h", "--") for word in argv[1:]):
         return "not a daemon"
+    if os.path.abspath(code.co_filename) != os.path.abspath(argv[0]):
+        return "run by another program"
     if not sys.executable or any(name in os.environ for name in ("PYTHONHOME", "PYTHONPATH")):
         return "Python is told by its environment where its modules are"
     import marshal
@@ -2382,6 +2384,7 @@ async def reached(shim: Shim, owner, target: Target, family: int, address: tuple
     if shim.server:
         return conn, trip
     try:
+        tell("STARTTLS", "asking", False)
         await ask_for_tls(conn)
         tell("STARTTLS", "OK")
         name = shim.name_for(target)
@@ -2574,6 +2577,11 @@ class Shared:
         self._closed_until = 0
         self._retired = False
         self.loop.timed.add(self)
+
+    @property
+    def link(self) -> Optional[Connection]:
+        """The connection in use."""
+        return self.links[0].conn if self.links else None
 
     def log(self, level: int, text: str) -> None:
         self.loop.log(level, f"[{self.shim.name}] shared session: {text}")
@@ -3153,7 +3161,8 @@ def _status_of_shim(daemon, shim):
 
 
 def _status_of_session(session):
-    peer = session.client.peer or session.upstream and session.upstream.peer
+    upstream = session.upstream or session.shim.shared.link
+    peer = session.client.peer or upstream and upstream.peer
     way = "own" if session.upstream else "" if session.shim.server else "shared"
     return {"number": session.number, "shim": session.shim.name,
             "peer": address_text(session.address),
@@ -3385,8 +3394,8 @@ class Probe:
         while not ends:
             data = await received(conn)
             if not data:
-                raise ProtocolError(Reason.UPSTREAM, f"closed before it answered {word}: does upsd "
-                                                     f"run there? The server shim's log tells")
+                raise ProtocolError(Reason.UPSTREAM, conn.fault or f"closed before it answered {word}"
+                                    ": does upsd run there? The server shim's log tells")
             answer, ends = answer + data, replies.feed(data)
         if answer.startswith(b"ERR"):
             raise ProtocolError(Reason.UPSTREAM, f"{word} was answered with "
@@ -3657,8 +3666,12 @@ def open_listener(key: tuple, at: str) -> Optional[socket.socket]:
 
 def absent_addresses(conf: Conf) -> list:
     """A warning for each address of listen that this machine does not have."""
+    try:
+        keys = listen_keys(conf)
+    except ConfigError as fault:
+        return [str(fault)]
     return [f"{conf.at('listen')}{address[0]}: this machine has no such address (yet)"
-            for family, address, _ in listen_keys(conf)
+            for family, address, _ in keys
             if address[0] not in ("::", "::1") and is_absent(family, address)]
 
 

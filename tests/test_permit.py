@@ -342,6 +342,7 @@ def test_allow_from_of_a_client_shim(stage):
         assert client.recv_until_close() == b""
     assert stage.upsd.connections == connections
     with stage.plain("client", source=("127.0.0.2", 0)) as client:
+        client.send(b"VER\n")
         client.recv_until_close()                   # admitted, and a upsd without TLS is no upstream
     assert stage.upsd.connections == connections + 1
 

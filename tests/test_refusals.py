@@ -163,6 +163,7 @@ def test_no_upstream_closes_at_once(shim, pki, section):
     server = shim({section: config[section]})
     client = PlainClient(server.port(section)) if section == "client" else TlsClient(server.port(section))
     with client:
+        client.send(b"VER\n")                       # a client shim's first command is what needs upstream
         assert client.recv_until_close(10) == b""
     both = ".*127.0.0.1:%d.*refused" % dead if section == "server" else \
         ".*127.0.0.1:%d.*refused.*localhost:%d.*refused" % (dead, dead)
@@ -175,5 +176,6 @@ def test_silent_upstream_closes_in_time(shim, pki):
         client_shim = shim({"client": {"role": "client", "listen": "127.0.0.1:0", "trust": pki.ca.cert,
                                        "upstream": "127.0.0.1:%d" % upstream.port, "handshake_timeout": 1}})
         with PlainClient(client_shim.port("client")) as client:
+            client.send(b"VER\n")
             assert client.recv_until_close() == b""
         one_warning(client_shim, "client", "no upstream.*no answer in time")
