@@ -460,7 +460,7 @@ def test_a_shared_session_that_ends_is_replaced_unseen(how, shim, pki, upstream,
     here = clients(*[port] * 5)
     for client in here:
         answers(client, "before")
-    said = ["LIST VAR ups\n%s\nSTARTTLS\nVER\n%s" % (
+    said = ["LIST VAR ups\n%s\n%sSTARTTLS\nVER\n" % (
         tagged("deadly" if number == 2 else "x%d" % number)[0], "GET VAR ups ups.mfr\n" * 10 * (number % 2))
             for number in range(len(here))]
     for client, data in zip(here, said):
