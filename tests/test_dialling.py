@@ -11,11 +11,12 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
 
 import pytest
 import standin
-from harness import IS_ROOT, FalseServer, Peer, PlainClient, free_port, poll, tls, write
+from harness import IS_ROOT, FalseServer, Peer, PlainClient, closes, free_port, poll, tls, write
 from lines import Path, blackhole, plug
 
 LONG = 40           # a handshake_timeout that no test waits for
@@ -89,6 +90,7 @@ class ServerAt(FalseServer):
 
 def deaf(peer):
     """Take connections and never say a word."""
+    peer.sock.settimeout(LONG)
     Peer.hang(peer)
 
 
@@ -182,10 +184,11 @@ def test_what_failed_lately_is_tried_last(shim, pki, server):
     assert who(port) == "one"
 
 
+@pytest.mark.parametrize("how", ["alert", "end", "reset"])
 @pytest.mark.parametrize("reuse", [0, 30])
-def test_a_ticket_that_is_refused_is_not_offered_again(reuse, shim, pki, server):
-    """A server that answers a TLS ticket with a fatal alert is dialled again without one, in the same opening, and is
-    offered none any more: no client notices."""
+def test_a_ticket_that_is_refused_is_not_offered_again(reuse, how, shim, pki, server):
+    """A server that does not take a TLS ticket is dialled again without one, in the same opening, and is offered none any
+    more: no client notices. upsd sends a fatal alert."""
     offers = []
 
     def refuses_tickets(peer):
@@ -200,7 +203,10 @@ def test_a_ticket_that_is_refused_is_not_offered_again(reuse, shim, pki, server)
         offers.append(offers_ticket(hello))
         if offers[-1]:
             peer.sock.recv(65536)
-            peer.send(b"\x15\x03\x03\x00\x02\x02\x50")      # alert: fatal, internal_error
+            if how == "alert":
+                peer.send(b"\x15\x03\x03\x00\x02\x02\x50")  # fatal, internal_error
+            elif how == "reset":
+                peer.reset()
             return
         peer.start_tls(pki.server)
         named("one")(peer)
@@ -277,6 +283,67 @@ def hosts(tmp_path, need):
     put()
     put.python = write(str(tmp_path / "launcher"), '#!/bin/sh\nexec unshare -m %s "$@"\n' % inner, 0o700)
     return put
+
+
+class Resolver(threading.Thread):
+    """A DNS server (RFC 1035) on a loopback address: any name has the address `answer`, told after `seconds`."""
+
+    def __init__(self, answer):
+        super().__init__(daemon=True)
+        self.answer, self.seconds = answer, 0
+        self._sock = socket.socket(type=socket.SOCK_DGRAM)
+        self.address = "127.53.%d.%d" % divmod(os.getpid() % 65536, 256)
+        self._sock.bind((self.address, 53))
+
+    def run(self):
+        while True:
+            query, client = self._sock.recvfrom(512)
+            if not query:
+                return
+            time.sleep(self.seconds)
+            end = query.index(b"\0", 12) + 5
+            kind = struct.unpack(">H", query[end - 4:end - 2])[0]
+            records = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4" + socket.inet_aton(self.answer) if kind == 1 else b""
+            head = query[:2] + struct.pack(">HHHHH", 0x8180, 1, bool(records), 0, 0)
+            self._sock.sendto(head + query[12:end] + records, client)
+
+    def stop(self):
+        """End it."""
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"", (self.address, 53))
+        self.join(20)
+        self._sock.close()
+
+
+@pytest.fixture
+def resolver(tmp_path, need):
+    """A Resolver; resolver.python starts a shim that asks it."""
+    if not IS_ROOT:
+        pytest.skip("needs root for a mount namespace and port 53")
+    need("unshare", "mount")
+    made = Resolver("127.0.0.2")
+    conf = write(str(tmp_path / "resolv.conf"), "nameserver %s\noptions timeout:20 attempts:1\n" % made.address, 0o644)
+    inner = write(str(tmp_path / "inner"), '#!/bin/sh\nmount --bind %s /etc/resolv.conf && exec %s "$@"\n' % (
+        conf, sys.executable), 0o700)
+    made.python = write(str(tmp_path / "launcher"), '#!/bin/sh\nexec unshare -m %s "$@"\n' % inner, 0o700)
+    made.start()
+    yield made
+    made.stop()
+
+
+def test_a_name_that_moves_while_the_resolver_is_slow(shim, pki, server, resolver):
+    """A dial does not wait for a look-up while it has addresses, and takes new ones in when they come, though the old one
+    gives no answer."""
+    one = server("one", host="127.0.0.2")
+    server("two", host="127.0.0.3", port=one.port)
+    options = config(pki, ["ups.example:%d" % one.port], server_name="localhost")
+    port = shim(options, python=resolver.python).port("client")
+    assert who(port) == "one"
+    one.behaviour = closes
+    assert who(port) == ""                          # from now on its name is looked up at each dial
+    one.behaviour = deaf
+    resolver.answer, resolver.seconds = "127.0.0.3", 0.7    # for each of the two questions, one after the other
+    assert who(port) == "two"
 
 
 @pytest.mark.parametrize("old", ["refuses", "is silent"])
