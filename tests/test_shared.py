@@ -9,6 +9,7 @@ are in differential_sessions.py, whose long run has its own command.
 
 import contextlib
 import re
+import signal
 import socket
 import ssl
 import statistics
@@ -66,6 +67,16 @@ def answering(change=lambda peer, line, reply: reply):
             for line in data.splitlines(True):
                 peer.send(change(peer, line, session.feed(line)))
     return behaviour
+
+
+@contextlib.contextmanager
+def frozen(process):
+    """A process that does nothing meanwhile, and finds all at once what has come."""
+    process.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.signal(signal.SIGCONT)
 
 
 @pytest.fixture
@@ -268,7 +279,15 @@ def test_records_towards_upstream_are_small(shim, pki, upstream, clients):
     """No TLS record towards upstream holds more than 512 bytes of commands, however many are pipelined, shared or
     own, since upsd's own TLS takes no more of one."""
     server = upstream()
-    port = shim(client_config(server.port, pki)).port("client")
+    client_shim = shim(client_config(server.port, pki))
+    port = client_shim.port("client")
+    many = clients(*[port] * 30)
+    answers(many[0], "before")
+    with frozen(client_shim):                       # so that it finds all these questions in one round
+        for number, client in enumerate(many):
+            client.send((tagged("client-%04d" % number)[0] + "\n") * 5)
+    for number, client in enumerate(many):
+        assert client.recv_lines(5) == [tagged("client-%04d" % number)[1]] * 5
     shared, own = clients(port, port)
     names = ["name-%04d" % number for number in range(300)]
     for client, first in ((shared, ""), (own, "USERNAME u\n")):
@@ -285,14 +304,16 @@ def test_pipelined_questions_to_upsds_own_tls(shim, pki, need):
     """100 questions in one write are all answered by a upsd that speaks TLS itself, and so are 30 clients at once."""
     need("certutil", "pk12util")
     with Nut(nss=pki.nss_database("shared-nss", pki.server)) as nut:
-        port = shim(client_config(nut.port, pki, upstream="localhost:%d" % nut.port)).port("client")
+        client_shim = shim(client_config(nut.port, pki, upstream="localhost:%d" % nut.port))
+        port = client_shim.port("client")
         with contextlib.ExitStack() as stack:
             one = stack.enter_context(PlainClient(port))
             one.send("GET VAR ups battery.charge\n" * 100)
             assert set(one.recv_lines(100)) == {b'VAR ups battery.charge "100"\n'}
             many = [stack.enter_context(PlainClient(port)) for _ in range(30)]
-            for client in many:
-                client.send("GET VAR ups battery.runtime\nLIST UPS\n")
+            with frozen(client_shim):
+                for client in many:
+                    client.send("GET VAR ups battery.runtime\nLIST UPS\n")
             for client in many:
                 assert client.recv_lines(4)[0] == b'VAR ups battery.runtime "1800"\n'
 
@@ -570,8 +591,8 @@ def test_no_upstream_left(shim, pki, upstream, clients):
 
 @pytest.mark.usefixtures("nut_installed")
 def test_a_client_that_does_not_read_holds_nobody_up(pki):
-    """A LIST of 1 MB to a client that takes nothing of it: 30 pollers beside it are answered as before, and the client
-    shim's memory grows by less than 1 MB."""
+    """LISTs of 1 MB to a client that takes nothing of them: 30 pollers beside it are answered as before, and the client
+    shim's memory grows by less than 1 MB. Two of them, since upsd itself waits for a reader of more."""
     with Nut({"ups": {"ups.status": "OL"}, "big": many_variables(8000)}) as nut, contextlib.ExitStack() as stack:
         config = pair_config(nut.port, pki)
         stack.enter_context(Shim({"server": config["server"]}))
@@ -595,7 +616,7 @@ def test_a_client_that_does_not_read_holds_nobody_up(pki):
         stack.callback(slow.close)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", port))
-        slow.sendall(b"LIST VAR big\n")
+        slow.sendall(b"LIST VAR big\n" * 2)
         assert slow.recv(10) == b"BEGIN LIST"
         beside = rounds()
         grown = client_shim.rss() - before
@@ -603,11 +624,15 @@ def test_a_client_that_does_not_read_holds_nobody_up(pki):
         assert max(beside) < 5, max(beside)
         assert grown < 1024, "memory has grown by %d kB" % grown
         slow.settimeout(10)
-        size = 10
-        while size < 1 << 20:                       # and in the end it gets what it asked for
-            data = slow.recv(65536)
-            assert data, "cut after %d bytes" % size
-            size += len(data)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+        got, whole = bytearray(b"BEGIN LIST"), None
+        while whole is None or len(got) < 2 * whole:        # and in the end it gets what it asked for
+            data = slow.recv(1 << 18)
+            assert data, "cut after %d bytes" % len(got)
+            got += data
+            if whole is None and b"\nEND LIST VAR big\n" in got[-(1 << 18) - 20:]:
+                whole = got.index(b"\nEND LIST VAR big\n") + len(b"\nEND LIST VAR big\n")
+        assert bytes(got) == bytes(got[:whole]) * 2 and got[:whole].count(b"\nVAR big outlet.") == 8000
 
 
 # ---- reload -------------------------------------------------------------------------------------
