@@ -152,7 +152,7 @@ ACCEPT_BATCH = 16         # of them taken in one round, before established sessi
 STAGGER = 0.5             # seconds without a step further before the next address is tried (RFC 8305)
 PATIENCE = 1              # seconds of silence of a shared session, or 4 round trips if those are more
 MAX_PATIENCE = 60         # seconds: silence after silence is borne longer each time, up to this
-MAX_ASKED = 3             # times a question is asked over sessions that are lost
+MAX_ASKED = 2             # times a question is asked over shared sessions that are lost
 UNSHARED = 3600           # seconds that an upstream which gave an odd reply is not shared
 RESOLVE_TTL = 60          # seconds a name's addresses are used without asking again
 FAILED_TTL = 30           # seconds an address that failed is tried after all others
@@ -1467,7 +1467,7 @@ class Connection:
     taken by the kernel, or the connection is up.
     """
     __slots__ = ("loop", "owner", "sock", "out", "mask", "on_read", "on_write", "more", "ended",
-                 "fault", "peer", "_wanted", "_ending", "_fill", "_send")
+                 "fault", "peer", "origin", "_wanted", "_ending", "_fill", "_send")
 
     def __init__(self, loop, sock, owner=None, on_read=None):
         self.loop, self.owner = loop, owner     # The owner is closed when a bug shows.
@@ -1480,6 +1480,7 @@ class Connection:
         self.ended = False              # The peer's side has ended.
         self.fault = ""                 # How, if not by a proper end.
         self.peer: Optional[Peer] = None    # Who it is, where there is TLS.
+        self.origin: Any = None         # The Target and its address, where we have dialled.
         self._ending = False            # Our side ends once out is empty.
         if on_read:
             self.want(READ)
@@ -2221,7 +2222,9 @@ class Session:
         self._settle()
 
     def _upstream_ended(self):
-        fault = self.upstream.fault
+        fault, origin = self.upstream.fault, self.upstream.origin
+        if origin and not self.bytes_out:
+            origin[0].gone(self.loop, origin[1])
         self.finish(Reason.LOST if fault else Reason.UPSD, fault)
 
     def finish(self, reason: Reason, detail: str = "") -> None:
@@ -2358,6 +2361,10 @@ class Target:
         for then in waiting:
             then(error)
 
+    def gone(self, loop, address: tuple) -> None:
+        """It was up, and left without an answer: its upsd is down, say. The next one has a turn."""
+        self.failed(loop, address, "closed before it answered")
+
     def worked(self, address: tuple) -> None:
         self.fault = ""
         self.failures.pop(address, None)
@@ -2481,9 +2488,9 @@ class Dial:
     def _attempted(self, target, address, result, error):
         del self._running[target, address]
         if result:
-            conn, trip = result
+            conn, self._shim.round_trip = result
+            conn.origin = (target, address)
             target.worked(address)
-            self._shim.reached = (target, trip)
             then = self._then
             self.cancel()
             then(conn, None)
@@ -2544,10 +2551,11 @@ async def dialled(shim: Shim, owner, tell: Callable) -> Connection:
 
 class Link:
     """One upstream connection that carries questions."""
-    __slots__ = ("conn", "questions")
+    __slots__ = ("conn", "questions", "spoke")
 
     def __init__(self, conn: Connection, waiting: list):
         self.conn, self.questions = conn, Questions(waiting)
+        self.spoke = False              # A byte has come.
 
     def flush(self) -> None:
         data = self.questions.to_send()
@@ -2619,7 +2627,7 @@ class Shared:
 
     def _patience(self):
         """Seconds of silence that are borne."""
-        patience = max(PATIENCE, 4 * self.shim.reached[1])
+        patience = max(PATIENCE, 4 * self.shim.round_trip)
         return min(MAX_PATIENCE, patience * 2 ** min(self._silences, 6))
 
     def _busy(self):
@@ -2684,11 +2692,10 @@ class Shared:
 
     def _tell_up(self, link):
         self.up_since = time.time()
-        target, trip = self.shim.reached
         peer = link.conn.peer
-        self.log(INFO, f"up with {target.text}, {peer.version}, {peer.cipher}, "
+        self.log(INFO, f"TLS up with {link.conn.origin[0].text}: {peer.version}, {peer.cipher}, "
                        f"{', '.join(peer.names) or peer.pin or 'no certificate'}, "
-                       f"round trip {trip * 1000:.1f} ms")
+                       f"round trip {self.shim.round_trip * 1000:.1f} ms")
 
     def _readable(self, link):
         data = link.conn.recv()
@@ -2697,6 +2704,7 @@ class Shared:
         if not data:
             return self._lost(link)
         self._since = self.loop.now
+        link.spoke = True
         if self._dial or len(self.links) > 1:
             self._settle_for(link)
         self._silences = 0
@@ -2738,6 +2746,9 @@ class Shared:
     def _lost(self, link):
         """Its end. What is unanswered is asked once more over a fresh one."""
         rest, fault = link.questions.unanswered(), link.conn.fault
+        if not link.spoke:
+            target, address = link.conn.origin
+            target.gone(self.loop, address)
         self._drop(link)
         if self.links:
             return                              # The other one has been asked the same.
@@ -2745,7 +2756,7 @@ class Shared:
         self._waiting = []
         for asker, asked in rest:
             asker.tries += 1
-            if asker.tries > MAX_ASKED:
+            if asker.tries >= MAX_ASKED:
                 self._waiting = [each for each in self._waiting if each[0] is not asker]
                 asker.finish(Reason.LOST, self.ended)
             elif asker.asked:
@@ -2851,7 +2862,7 @@ class Shim:
         self.server = conf.role == SERVER
         self.credentials, self.context = credentials, credentials.context
         self.targets = [Target(host, port) for host, port in conf.upstream]
-        self.reached: tuple = (self.targets[0], 0)      # The last dial's target and round trip.
+        self.round_trip = 0.0                           # The last dial's, in seconds.
         self.counts: Counter = collections.Counter()    # Sessions in "total", upstream ones "own".
         self.refused: Counter = collections.Counter()   # By the Reason's words.
         self.addresses: Counter = collections.Counter() # Open sessions by the peer's address.
@@ -3155,7 +3166,7 @@ def _status_of_shim(daemon, shim):
         "refused": dict(shim.refused)}
     if not shim.server:
         status["shared"] = {
-            "up_since": int(shared.up_since), "round_trip_ms": round(shim.reached[1] * 1000, 1),
+            "up_since": int(shared.up_since), "round_trip_ms": round(shim.round_trip * 1000, 1),
             "asked": shared.asked, "asked_again": shared.asked_again, "given_up": shared.ended}
     return status
 

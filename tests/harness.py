@@ -9,6 +9,7 @@ certs.py (fixture pki). Everything that starts something is a context manager an
 import contextlib
 import errno
 import os
+import queue
 import re
 import shutil
 import signal
@@ -27,6 +28,8 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 NUTSHIM = os.path.join(ROOT, "nutshim.py")
 IS_ROOT = os.geteuid() == 0
+# The reader of what the programs print takes so many seconds a line: shows tests that look before they wait.
+SLOW_READER = float(os.environ.get("NUTSHIM_TEST_SLOW_READER", "0"))
 
 
 # ---- basics -------------------------------------------------------------------------------------
@@ -96,6 +99,20 @@ def folder(prefix):
 
 # ---- processes ----------------------------------------------------------------------------------
 
+def late(lines, seconds):
+    """The same lines, each so many seconds after the one before, but never late by more than ten times that."""
+    waiting = queue.Queue()
+
+    def read():
+        for line in lines:
+            waiting.put((time.monotonic() + 10 * seconds, line))
+        waiting.put(None)
+    threading.Thread(target=read, daemon=True).start()
+    for latest, line in iter(waiting.get, None):
+        time.sleep(max(0, min(seconds, latest - time.monotonic())))
+        yield line
+
+
 class Process:
     """A program in the background; what it prints is collected in lines."""
 
@@ -109,7 +126,7 @@ class Process:
         self._reader.start()
 
     def _collect(self):
-        for line in self._popen.stdout:
+        for line in late(self._popen.stdout, SLOW_READER) if SLOW_READER else self._popen.stdout:
             self.lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
     @property
@@ -232,6 +249,12 @@ def nut_program(name):
     """
     paths = [os.path.join(path, name) for path in NUT_FOLDERS]
     return next((path for path in paths if os.access(path, os.X_OK)), None)
+
+
+def nut_version():
+    """The version of NUT, such as (2, 8, 0)."""
+    done = run(nut_program("upsmon"), "-V")
+    return tuple(map(int, re.search(r"Network UPS Tools \S+ (\d+)\.(\d+)\.(\d+)", done.stdout + done.stderr).groups()))
 
 
 def missing_nut():

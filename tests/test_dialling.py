@@ -102,6 +102,20 @@ def after(seconds, behaviour):
     return late
 
 
+def test_a_silent_first_upstream_costs_its_half_second_once(shim, pki, server):
+    """Where the first upstream gives no answer, it counts as failed once the second has won: those who dial in the next
+    30 s do not wait for it."""
+    two = server("two")
+    with blackhole() as silent:
+        port = shim(config(pki, [silent, two.port])).port("client")
+        times = []
+        for _ in range(4):
+            since = time.monotonic()
+            assert who(port) == "two"
+            times.append(time.monotonic() - since)
+        assert min(times[1:]) < 0.4, times          # less than the half second for which the next one waits
+
+
 def test_the_first_upstream_is_used_while_it_works(shim, pki, server):
     """With both upstreams up the first is used, time and again, and the second is not even dialled."""
     one, two = server("one"), server("two")
