@@ -16,7 +16,6 @@ upsd is the real one. The line between the shims and the one in front of upsd ar
 import argparse
 import collections
 import contextlib
-import os
 import random
 import re
 import selectors
@@ -50,7 +49,8 @@ QUESTIONS = [
 ]
 LARGE = "LIST VAR many"
 ODD = [
-    "GET  VAR\tups  battery.charge ", "  GET VAR ups ups.status", "HELP me", "VER # why", '"GET" VAR ups "ups.mfr"', "GET VAR=ups ups.model", "GET VAR", "GET", "LIST", "GET TRACKING",
+    "GET  VAR\tups  battery.charge ", "  GET VAR ups ups.status", "HELP me", "VER # why",
+    '"GET" VAR ups "ups.mfr"', "GET VAR=ups ups.model", "GET VAR", "GET", "LIST", "GET TRACKING",
     "G\\ET VAR ups battery.charge", "LIST NONSENSE", "GET VAR ups ups.status tag-{0}", "GET VAR ups\x01 ups.status",
     "GET NONSENSE ups tag-{0}", "LIST VAR ups tag-{0}", "NONSENSE tag-{0}", 'GET CMDDESC ups "tag-{0} \\" quoted"',
     "LISTVAR tag-{0}", "VER tag-{0}", 'GET CMDDESC "ups" tag-{0}', "GET\x0bVAR ups ups.mfr",

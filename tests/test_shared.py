@@ -496,23 +496,29 @@ def test_a_shared_session_that_ends_is_replaced_unseen(how, shim, pki, upstream,
 def test_the_fresh_session_goes_on_where_the_silent_one_stays_silent(shim, pki, upstream, clients):
     """Half a reply, or none, and then silence: a second session is dialled beside the silent one, all are answered over
     it, and the first is closed."""
-    for half in (0, 12):
-        def mute(peer, line, reply):
+    def mute(half):
+        def change(peer, line, reply):
             if peer is peer.server.peers[0] and b"mute" in line:
                 peer.send(reply[:half])
                 peer.hang()
                 raise ConnectionResetError("ended by the client")
             return reply
-        server = upstream(answering(mute))
-        port = shim(client_config(server.port, pki)).port("client")
-        here = clients(*[port] * 5)
+        return upstream(answering(change))
+    servers = [mute(half) for half in (0, 12)]
+    config = {"none": client_config(servers[0].port, pki)["client"],
+              "half": client_config(servers[1].port, pki, listen="127.0.0.1:%d" % free_port())["client"]}
+    both = shim(config)
+    asking = []
+    for section in config:
+        here = clients(*[both.port(section)] * 5)
         answers(here[0], "before")
-        for number, client in enumerate(here):
-            client.send(tagged("mute" if number == 1 else "x%d" % number)[0] + "\n")
-        for number, client in enumerate(here):
-            reply = tagged("mute" if number == 1 else "x%d" % number)[1]
-            assert client.recv_exactly(len(reply), 10) == reply
-        poll(lambda: server.peers[0].sock.fileno() < 0, 5, "the end of the silent session")
+        asking += [(client, *tagged("mute" if number == 1 else "x%d" % number)) for number, client in enumerate(here)]
+    for client, question, _ in asking:
+        client.send(question + "\n")
+    for client, _, reply in asking:
+        assert client.recv_exactly(len(reply), 10) == reply
+    for server in servers:
+        poll(lambda server=server: server.peers[0].sock.fileno() < 0, 5, "the end of the silent session")
         assert len(server.peers) == 2
 
 
