@@ -21,9 +21,10 @@ Without a command it makes one pair of files and keeps nothing else:
 Secret files are root's and NUT's group may read them (0640 root:nut); 0600 where there is no
 NUT user. `show` and `check` read any PEM file and change nothing.
 
-From the top: limits - names - files - the openssl command - the CA - what is made - show -
-check - the command line. It needs no more than OpenWrt's python3-light and openssl-util,
-Python 3.7, OpenSSL 1.1.1. LibreSSL lacks options that revoke, renew, show and check want.
+From the top: limits - names - files - what is in them - the openssl command - the CA - what is
+made - show - check - the command line. It needs no more than OpenWrt's python3-light and openssl-util,
+Python 3.7, OpenSSL 1.1.1. LibreSSL lacks options that revoke, renew and check want. What reads
+certificates wants nutshim.py beside this file, and with it python3-openssl.
 """
 
 import argparse
@@ -32,8 +33,10 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import grp
 import hashlib
+import importlib.util
 import io
 import os
 import pwd
@@ -57,7 +60,6 @@ NO_END = datetime.datetime(9999, 12, 31, 23, 59, 59)  # RFC 5280 4.1.2.5: "has n
 WARN_DAYS = 30              # so long before its end a certificate is warned about, as in nutshim.py
 MAX_NAMES = 100             # TLS libraries refuse a handshake with more than some 100 KB
 MAX_DN = 64                 # RFC 5280 A.1: ub-common-name, ub-organization-name
-MAX_FILE = 4 << 20          # a bundle of all public CAs has 250 KB; a device has no end
 MAX_STEM = 100              # a host name may have 253 characters, a file name only 255
 RSA_BITS = (2048, 8192)     # fewer are unsafe; more take a router hours
 
@@ -154,33 +156,7 @@ def unique(names: List[Name]) -> List[Name]:
     return names
 
 
-# --- files: PEM in; whole or not at all out ---
-
-PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s.*?-----END \1-----", re.S)
-
-
-class Pem(NamedTuple):
-    """What nutshim.py would find in a file."""
-    path: str
-    keys: List[bytes]
-    certs: List[bytes]
-    crls: List[bytes]
-
-
-def read_pem(path: str) -> Pem:
-    with blame(path), open(path, "rb") as file:
-        data = file.read(MAX_FILE + 1)
-    found: Dict[bytes, List[bytes]] = {b"KEY": [], b"CERTIFICATE": [], b"CRL": []}
-    for match in PEM.finditer(data):
-        if b"ENCRYPTED" in match.group(0):
-            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it off: "
-                        "openssl pkey -in %s -out NEWFILE" % (path, path))
-        found.get(match.group(1).split()[-1], []).append(match.group(0) + b"\n")
-    if len(data) > MAX_FILE or not any(found.values()) or data.count(b"-----BEGIN ") != data.count(b"-----END "):
-        raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an X509 CRL) and its "
-                    "END line; bring the whole file again" % path)
-    return Pem(path, *found.values())
-
+# --- files: whole or not at all ---
 
 class Output(NamedTuple):
     path: str
@@ -300,15 +276,167 @@ def conf_folder() -> str:
     raise Fault("no NUT configuration folder found (%s): name a folder with -d" % ", ".join(folders))
 
 
+# --- what is in them: DER, read by nutshim.py, never openssl's words about it ---
+
+OIDS = {  # those of a public key's algorithm or curve
+    "1.2.840.113549.1.1.1": "RSA", "1.2.840.113549.1.1.10": "RSA-PSS",
+    "1.2.840.10045.3.1.7": "EC P-256", "1.3.132.0.34": "EC P-384", "1.3.132.0.35": "EC P-521",
+    "1.3.101.112": "Ed25519", "1.3.101.113": "Ed448"}
+EXTENDED_KEY_USAGE = b"\x55\x1d\x25"
+USES = {"2.5.29.37.0": "any use", "1.3.6.1.5.5.7.3.1": "TLS Web Server Authentication",
+        "1.3.6.1.5.5.7.3.2": "TLS Web Client Authentication", "1.3.6.1.5.5.7.3.3": "Code Signing",
+        "1.3.6.1.5.5.7.3.4": "E-mail Protection", "1.3.6.1.5.5.7.3.9": "OCSP Signing"}
+
+
+@functools.lru_cache(maxsize=None)
+def reader():
+    """nutshim.py, as a module: there is one reader of certificates, the one that serves."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "nutshim.py")
+    if not os.path.isfile(path):
+        raise Fault("%s: is missing; certificates are read with it: put nutshim.py beside "
+                    "mkNUTcert.py" % path)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ in /usr/sbin
+    try:
+        # By its path, since an isolated Python does not look beside the script.
+        spec = importlib.util.spec_from_file_location("nutshim", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise Fault("nutshim.py cannot be used: %s (on OpenWrt install python3-openssl)" % error)
+    finally:
+        sys.dont_write_bytecode = before
+
+
+class Pem(NamedTuple):
+    """What nutshim.py finds in a file; each block as PEM."""
+    path: str
+    keys: List[bytes]
+    certs: List[bytes]
+    crls: List[bytes]
+
+
+def read_pem(path: str) -> Pem:
+    pem = Pem(path, [], [], [])
+    try:
+        with blame(path):
+            blocks = reader().pem_blocks(reader().read_file(path))
+    except ValueError as error:
+        raise Fault("%s: no whole PEM file: %s" % (path, error))
+    for block in blocks:
+        if block.encrypted:
+            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it "
+                        "off: openssl pkey -in %s -out NEWFILE" % (path, path))
+        if block.kind == "TRUSTED CERTIFICATE":
+            raise Fault("%s: a TRUSTED CERTIFICATE, which nutshim.py does not take; write a plain "
+                        "one: openssl x509 -in %s -out NEWFILE" % (path, path))
+        kind = block.kind if block.kind not in reader().CERTIFICATES else reader().CERTIFICATES[0]
+        place = {"CERTIFICATE": pem.certs, reader().REVOCATION_LIST: pem.crls}.get(
+            kind, pem.keys if kind.endswith("PRIVATE KEY") else [])
+        lines = b"\n".join(re.findall(b".{1,64}", base64.b64encode(block.der)))
+        title = kind.encode()
+        place.append(b"-----BEGIN %s-----\n%s\n-----END %s-----\n" % (title, lines, title))
+    if not any(pem[1:]):
+        raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an "
+                    "X509 CRL) and its END line; bring the whole file again" % path)
+    return pem
+
+
+class Certificate(NamedTuple):
+    """One, in words; whatever it says of itself is harmless text."""
+    pem: bytes
+    subject: str
+    issuer: str
+    start: datetime.datetime
+    end: datetime.datetime
+    names: List[str]    # DNS:host, IP:address, ...
+    uses: str           # extendedKeyUsage in words
+    is_ca: bool
+    key: str            # EC P-256, RSA 2048, ...
+    pin: str
+    fields: List[Tuple[str, str]]   # the subject's: CN and so on, and its text
+
+
+def describe(cert: bytes) -> Certificate:
+    try:
+        found = reader().read_certificate(der(cert))
+        uses = []
+        if EXTENDED_KEY_USAGE in found.extensions:
+            (_, content, _), = reader().der_items(found.extensions[EXTENDED_KEY_USAGE])
+            for _, oid, _ in reader().der_items(content):
+                uses.append(USES.get(reader().oid_text(oid), reader().oid_text(oid)))
+    except (ValueError, IndexError) as error:
+        raise Fault("no certificate that nutshim.py takes: %s; make it again" % error)
+    return Certificate(cert, found.subject or "no subject", found.issuer or "nobody",
+                       moment(found.not_before), moment(found.not_after),
+                       [name for name in found.names if not name.startswith("CN=")],
+                       ", ".join(uses), found.is_ca, key_name(found.spki), found.pin, found.fields)
+
+
+def describe_all(pem: Pem) -> List[Certificate]:
+    found = []
+    for number, cert in enumerate(pem.certs, 1):
+        try:
+            found.append(describe(cert))
+        except Fault as fault:
+            raise Fault("%s: certificate %d: %s" % (pem.path, number, fault))
+    return found
+
+
+def read_list(crl: bytes):
+    """A CRL's issuer and dates."""
+    try:
+        return reader().read_crl(der(crl))
+    except ValueError as error:
+        raise Fault("%s; get a new one from its CA" % error)
+
+
+def end_of(cert: bytes) -> datetime.datetime:
+    return describe(cert).end
+
+
+def subject_fields(cert: bytes) -> Dict[str, str]:
+    """A subject's fields, checked as if they had been typed."""
+    return {field: dn_text(text) for field, text in describe(cert).fields}
+
+
+def key_name(public: bytes) -> str:
+    """What kind of key it is, from its SubjectPublicKeyInfo (RFC 3279 2.3, RFC 5480)."""
+    items = reader().der_items
+    (_, algorithm, _), (_, bits, _) = items(items(public)[0][1])
+    oids = [reader().oid_text(content) for tag, content, _ in items(algorithm) if tag == 0x06]
+    name = next((OIDS[oid] for oid in reversed(oids) if oid in OIDS), "another kind")
+    if name.startswith("RSA"):
+        with contextlib.suppress(ValueError, IndexError):
+            modulus = items(items(bits[1:])[0][1])[0][1]
+            return "%s %d" % (name, int.from_bytes(modulus, "big").bit_length())
+    return name
+
+
+def der(pem) -> bytes:
+    """The bytes of a PEM block that this program or openssl has made."""
+    text = pem.decode() if isinstance(pem, bytes) else pem
+    return base64.b64decode("".join(text.split("-----")[2].split()))
+
+
+def pin_of(public: bytes) -> str:
+    """SHA-256 of a public key's DER, as curl writes it."""
+    return "sha256//" + base64.b64encode(hashlib.sha256(public).digest()).decode()
+
+
+def now() -> datetime.datetime:
+    return moment(int(time.time()))
+
+
+def moment(seconds: int) -> datetime.datetime:
+    # Not fromtimestamp(), which ends in 2038 where time_t has 32 bits. Naive, and UTC everywhere.
+    return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+
+
 # --- the openssl command ---
 
 NOISE = ("Using configuration from", "Check that the request matches", "Signature ok", "The Subject's")
-DN_OPTIONS = "esc_ctrl,utf8,dump_nostr,dump_der,sname,"
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
-# A public key's algorithm in DER.
-RSA = bytes.fromhex("06092a864886f70d010101")
-KEY_NAMES = {bytes.fromhex("06082a8648ce3d030107"): "EC P-256", bytes.fromhex("06052b81040022"): "EC P-384",
-             bytes.fromhex("06052b81040023"): "EC P-521", bytes.fromhex("06032b6570"): "Ed25519"}
+RSA = bytes.fromhex("06092a864886f70d010101")  # a public key's algorithm in DER
 GENPKEY = {"ec": "EC -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve",
            "ed25519": "ED25519", "rsa": "RSA -pkeyopt rsa_keygen_bits:%s"}
 CA_USE = "basicConstraints = critical,CA:TRUE,pathlen:0\nkeyUsage = critical,keyCertSign,cRLSign"
@@ -349,20 +477,6 @@ authorityKeyIdentifier = keyid
 [names]
 {names}
 """
-
-
-class Certificate(NamedTuple):
-    """What `openssl x509` says about one."""
-    pem: bytes
-    subject: str
-    issuer: str
-    start: datetime.datetime
-    end: datetime.datetime
-    names: List[str]    # DNS:host, IP:address, ...
-    uses: str           # extendedKeyUsage in OpenSSL's words
-    is_ca: bool
-    key: str            # EC P-256, RSA 2048, ...
-    pin: str
 
 
 class OpenSSL:
@@ -466,9 +580,11 @@ class OpenSSL:
         """OpenSSL's error numbers and their texts; none if the certificate holds. Dates do not count."""
         if chain:
             options += ("-untrusted", self.file("chain.pem", chain))
-        code, out, err = self.run("verify", "-no_check_time", "-CAfile", self.file("trust.pem", trust), *options,
-                                  self.file("verified.pem", cert))
-        found = re.findall(r"error (\d+) at \d+ depth lookup: ?(.*)", out + err)
+        if trust:
+            options += ("-CAfile", self.file("trust.pem", trust))
+        file = self.file("verified.pem", cert)
+        code, out, err = self.run("verify", "-no_check_time", *options, file)
+        found = re.findall(r"^error (\d+) at \d+ depth lookup: ?(.*)", out + err, re.M)
         if code != 0 and not found:
             raise Fault("openssl verify failed:\n  " + err.strip())
         return {int(number): text for number, text in found}
@@ -477,77 +593,11 @@ class OpenSSL:
         """DER of the public half of a private key."""
         return der(self("pkey", "-pubout", stdin=key))
 
-    def key_name(self, public: bytes) -> str:
-        if RSA in public[:32]:
-            modulus = self("rsa", "-pubin", "-inform", "DER", "-noout", "-modulus", stdin=public).strip()
-            return "RSA %d" % (4 * len(modulus.partition("=")[2]))
-        return next((name for oid, name in KEY_NAMES.items() if oid in public[:32]), "another kind")
-
-    def end_of(self, cert: bytes) -> datetime.datetime:
-        return moment(self("x509", "-noout", "-enddate", stdin=cert), "notAfter=")
-
-    def describe(self, cert: bytes) -> Certificate:
-        text = self("x509", "-noout", "-subject", "-issuer", "-startdate", "-enddate", "-pubkey", "-nameopt",
-                    DN_OPTIONS + "sep_comma_plus_space", "-ext", "subjectAltName,extendedKeyUsage,basicConstraints",
-                    stdin=cert)
-        fields: Dict[str, str] = {}  # "subject=..." as it stands, an extension under its title
-        title = ""
-        for line in text.splitlines():
-            if line.startswith("    "):
-                fields.setdefault(title, line.strip())
-            else:
-                title, _, value = line.partition("=")
-                title = title.partition(":")[0]
-                if value:
-                    fields.setdefault(title, value.strip())
-        names, uses, basic = [fields.get("X509v3 " + title, "") for title in (
-            "Subject Alternative Name", "Extended Key Usage", "Basic Constraints")]
-        public = der(text[text.index("-----BEGIN PUBLIC KEY"):])
-        return Certificate(cert, fields.get("subject", "no subject"), fields.get("issuer", "nobody"),
-                           moment(text, "notBefore="), moment(text, "notAfter="),
-                           [san(name) for name in names.split(", ") if name], uses, "CA:TRUE" in basic,
-                           self.key_name(public), pin_of(public))
-
-    def subject(self, cert: bytes) -> Dict[str, str]:
-        """A subject's fields, checked as if they had been typed."""
-        lines = self("x509", "-noout", "-subject", "-nameopt", DN_OPTIONS + "sep_multiline", stdin=cert).splitlines()
-        return {field: dn_text(value) for field, _, value in (line.strip().partition("=") for line in lines[1:])}
-
-
-def der(pem: str) -> bytes:
-    return base64.b64decode("".join(pem.split("-----")[2].split()))
-
-
-def pin_of(public: bytes) -> str:
-    """SHA-256 of a public key's DER, as curl writes it."""
-    return "sha256//" + base64.b64encode(hashlib.sha256(public).digest()).decode()
-
-
-def san(text: str) -> str:
-    """`IP Address:0:0:0:0:0:0:0:1` of openssl in the one form of addresses, IP:::1."""
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        if text.startswith("IP Address:"):
-            return "IP:" + host_name(text[11:]).text
-    return text
-
-
-def now() -> datetime.datetime:
-    # Not fromtimestamp(), which ends in 2038 where time_t has 32 bits. Naive, and UTC everywhere here.
-    return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
-
 
 def asn1_time(when: datetime.datetime) -> str:
     """RFC 5280 4.1.2.5: two digits for the year up to 2049, then four."""
     text = "%04d%02d%02d%02d%02d%02dZ" % when.timetuple()[:6]
     return text[2:] if when.year < 2050 else text
-
-
-def moment(text: str, field: str) -> datetime.datetime:
-    """As in `notAfter=Dec 31 23:59:59 9999 GMT`, the same in every version and locale."""
-    match = re.search(field + r"(\w{3}) +(\d+) (\d+):(\d+):(\d+)[.\d]* (\d+) GMT", text)
-    with contextlib.suppress(TypeError, ValueError):  # no match; no such month or day
-        return datetime.datetime(int(match[6]), MONTHS.index(match[1]) + 1, *map(int, match.groups()[1:5]))
-    raise Fault("openssl cannot read the dates: %s" % ascii(text.strip()))
 
 
 def new_serial() -> int:
@@ -602,7 +652,7 @@ class CA:
     def issue(self, role: str, subject: Dict[str, str], names: List[Name], key: bytes, start: datetime.datetime,
               end: datetime.datetime) -> Tuple[bytes, datetime.datetime]:
         """A certificate and its end, which is the CA's if that comes first."""
-        ca_end = self.ossl.end_of(self.cert)
+        ca_end = end_of(self.cert)
         if start >= ca_end:
             raise Fault("%s: the CA ends on %s; make another one, in another folder: mkNUTcert.py ca -d DIR"
                         % (self.path("ca.pem"), ca_end))
@@ -785,7 +835,7 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     """The same names and purpose; the same key, or a new one."""
     with CA(ossl, opts) as ca:
         pem = ca.issued(opts.file)
-        old = ossl.describe(pem.certs[0])
+        old = describe(pem.certs[0])
         if ossl.verify(old.pem, ca.cert, "-crl_check", "-CRLfile", ossl.file("crl.pem", ca.record("crl.pem"))):
             raise Fault("%s: is revoked; make another one: mkNUTcert.py server or client" % opts.file)
         if not opts.new_key and (not pem.keys or pin_of(ossl.public(pem.keys[0])) != old.pin):
@@ -803,7 +853,7 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
         key = ossl.new_key(kind) if opts.new_key else pem.keys[0]
         try:
             names = [host_name(name.partition(":")[2]) for name in old.names or [""]]
-            subject = ossl.subject(old.pem)
+            subject = subject_fields(old.pem)
         except argparse.ArgumentTypeError as error:
             raise Fault("%s: its names cannot be used again: %s" % (opts.file, error))
         role = "client" if ossl.verify(old.pem, ca.cert, "-purpose", "sslserver") else "server"
@@ -865,32 +915,32 @@ def show(ossl: OpenSSL, opts: argparse.Namespace) -> int:
 
 def show_file(ossl: OpenSSL, pem: Pem) -> None:
     print("%s: %s" % (pem.path, rights(pem.path)))
-    certs = [ossl.describe(cert) for cert in pem.certs]
+    certs = describe_all(pem)
     for key in pem.keys:
         public = ossl.public(key)
         pin = pin_of(public)
         of = ["of certificate %d" % i for i, cert in enumerate(certs, 1) if cert.pin == pin]
         print("  private key, %s, %s\n    pin:     %s" % (
-            ossl.key_name(public), of[0] if of else "of no certificate in this file", pin))
+            key_name(public), of[0] if of else "of no certificate in this file", pin))
     for i, cert in enumerate(certs, 1):
         print("  certificate %d, %s\n    subject: %s\n    names:   %s\n    issuer:  %s\n    from:    %s UTC\n"
               "    until:   %s\n    key:     %s\n    pin:     %s" % (
                   i, "of a CA" if cert.is_ca else "for " + (cert.uses or "any use"), cert.subject,
                   ", ".join(cert.names) or "none", "itself" if cert.issuer == cert.subject else cert.issuer,
-                  cert.start, until(cert), cert.key, cert.pin))
+                  cert.start, until(cert.end), cert.key, cert.pin))
     for crl in pem.crls:
-        lines = ossl("crl", "-noout", "-issuer", "-lastupdate", "-nextupdate", "-nameopt",
-                     DN_OPTIONS + "sep_comma_plus_space", stdin=crl).splitlines()
-        print("  certificate revocation list\n    " + "\n    ".join(lines[:3]))
+        found = read_list(crl)
+        print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n    until:   %s" % (
+            found.issuer, moment(found.this_update), until(moment(found.next_update))))
 
 
-def until(cert: Certificate) -> str:
-    left = cert.end - now()
-    if cert.end == NO_END:
-        return "no end"
+def until(end: datetime.datetime) -> str:
+    left = end - now()
+    if end.year == NO_END.year:
+        return "never expires"
     if left.total_seconds() < 0:
-        return "%s UTC, EXPIRED %d days ago" % (cert.end, -left.days - 1)
-    return "%s UTC, %d days left" % (cert.end, left.days)
+        return "%s UTC, EXPIRED %d days ago" % (end, -left.days - 1)
+    return "%s UTC, %d days left" % (end, left.days)
 
 
 # --- check: every fault with its cure ---
@@ -898,6 +948,7 @@ def until(cert: Certificate) -> str:
 Faults = Iterator[Tuple[str, str]]  # what is wrong, what to do
 
 NEEDS_CA = "name the file of the CA that issued it: --trust FILE"
+NO_CA = (2, 20, 21)
 CURES = {  # by OpenSSL's X509_V_ERR_ numbers
     2: NEEDS_CA, 19: NEEDS_CA, 20: NEEDS_CA, 21: NEEDS_CA,
     18: "make one with a CA: mkNUTcert.py; or name it itself: --trust FILE",
@@ -952,16 +1003,17 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
     for path in paths:
         try:
             pem = read_pem(path)
-            files.append((pem, [ossl.describe(cert) for cert in pem.certs]))
+            files.append((pem, describe_all(pem)))
         except Fault as fault:
             what, _, cure = str(fault).partition("; ")
             found.append((path, what.replace(path + ": ", ""), cure or "name the right file, or make it again"))
-    known = [cert for _, certs in files for cert in certs]
-    known += [ossl.describe(cert) for path in opts.trust for cert in read_pem(path).certs]
+    own = [cert for _, certs in files for cert in certs]
+    known = list(own)
+    known += [cert for path in opts.trust for cert in describe_all(read_pem(path))]
     crls = [crl for pem, _ in files for crl in pem.crls]
     with contextlib.suppress(Fault):
         folder = opts.d or os.path.join(conf_folder(), "nutshim")
-        known += map(ossl.describe, read_pem(os.path.join(folder, "ca.pem")).certs)
+        known += describe_all(read_pem(os.path.join(folder, "ca.pem")))
         crls += read_pem(os.path.join(folder, "crl.pem")).crls
     trust = b"".join(cert.pem for cert in known if cert.is_ca or cert.issuer == cert.subject)
     for pem, certs in files:
@@ -986,11 +1038,31 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
                            for text in ossl.verify(cert.pem, cert.pem, "-x509_strict").values()]
         found += [(pem.path,) + fault for fault in faults]
         if not faults:
-            print("%s: good%s" % (pem.path, "".join(", but " + until(cert) for cert in certs
+            print("%s: good%s" % (pem.path, "".join(", but " + until(cert.end) for cert in certs
                                                     if (cert.end - now()).days < WARN_DAYS)))
     for path, what, cure in found:
         print("%s: %s\n    cure: %s" % (path, what, cure))
+    for text in not_checked(own, known, crls):
+        print("not checked: " + text)
     return len(found)
+
+
+def not_checked(certs: List[Certificate], known: List[Certificate], crls: List[bytes]) -> List[str]:
+    """What could not be found out of certificates, for want of a CA or its CRL at hand."""
+    subjects, listed, notes = {cert.subject for cert in known}, set(), []
+    for crl in crls:
+        with contextlib.suppress(Fault):
+            listed.add(read_list(crl).issuer)
+    for cert in certs:
+        if cert.issuer == cert.subject:
+            continue
+        if cert.issuer not in subjects and cert.is_ca:
+            notes.append("who issued %s: its CA %s is not at hand; %s" % (
+                cert.subject, cert.issuer, NEEDS_CA))
+        if cert.issuer not in listed:
+            notes.append("whether %s is revoked: no CRL of %s is at hand; name its file too" % (
+                cert.subject, cert.issuer))
+    return list(dict.fromkeys(notes))
 
 
 def check_rights(pem: Pem, of_ca: bool) -> Faults:
@@ -1026,6 +1098,9 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
               for use in ("server", "client")}
     if role in errors and errors[role] or all(errors.values()):
         for number, text in errors.get(role, errors["server"]).items():
+            if number in NO_CA:
+                text = ("who issued it could not be checked: its CA %s is not at hand"
+                        % certs[-1].issuer)
             yield ("%s: %s" % (own.subject, text),
                    CURES.get(number, "make a certificate that keeps to RFC 5280: mkNUTcert.py"))
     if crls and 23 in ossl.verify(own.pem, trust, "-crl_check", "-CRLfile", ossl.file("crls.pem", crls), chain=chain):
@@ -1038,10 +1113,16 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
 
 
 def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
-    code, out, err = ossl.run("crl", "-noout", "-nextupdate", "-CAfile", ossl.file("trust.pem", trust), stdin=crl)
+    try:
+        end = moment(read_list(crl).next_update)
+    except Fault as fault:
+        what, _, cure = str(fault).partition("; ")
+        yield what, cure
+        return
+    code, _, err = ossl.run("crl", "-noout", "-CAfile", ossl.file("trust.pem", trust), stdin=crl)
     if code != 0 or "verify OK" not in err:
         yield "this CRL is not from a CA that is known here", NEEDS_CA
-    elif "NONE" not in out and moment(out, "nextUpdate=") < now():
+    elif end < now():
         yield "this CRL is out of date, which shuts out everybody", "get a new one from its CA"
 
 

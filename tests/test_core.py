@@ -589,7 +589,7 @@ def test_certificate_names_and_pin():
     assert found.names == ["CN=Zo\u00eb", "CN=plain", "DNS:nas.lan", "IP:127.0.0.1", "IP:::1", "URI:urn:X:y", "email:ups@lan"]
     assert found.pin == "sha256//" + base64.b64encode(hashlib.sha256(SPKI).digest()).decode("ascii")
     for size in (100, 200, 70000):                  # DER lengths of one, two and three bytes
-        spki = der(0x30, der(0x03, bytes(size)))
+        spki = der(0x30, der(0x30, der(0x06, b"\x2b\x65\x70")), der(0x03, bytes(size)))
         found = read_certificate(make_certificate(spki=spki))
         assert found.pin == "sha256//" + base64.b64encode(hashlib.sha256(spki).digest()).decode("ascii")
     assert read_certificate(make_certificate(version=False)).names == [], "version 1 has no extensions"
