@@ -200,7 +200,8 @@ class Client:
         self.last = self.next_read = time.monotonic()
         self.sock = socket.socket()
         if slow:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)   # loopback's 64 KB would never fit
         self.sock.settimeout(10)
         self.sock.connect(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -425,7 +426,7 @@ class Trial:
             elif done[0] < events and over >= next_at[0]:
                 done[0] += 1
                 if done[0] < events:
-                    most = self.chance.choice((60, 600, 6000, 60000))
+                    most = self.chance.choice((60, 600, 6000, 100 * count))
                     self.path.arm(self.chance.choice(hows), self.chance.randint(1, most), past)
         with Shim(self._config) as client:
             results, flows = self._drive(client, talks, trouble)
