@@ -100,12 +100,11 @@ def test_random_conversations_are_as_with_a_direct_connection(pki):
     """However they are torn, and whatever breaks, 30 clients at once get through a shared session what a direct
     connection gives them, each its own, and no login is ever heard on a connection of several clients."""
     with Trial(pki) as trial:
-        trial.quiet(200)
+        trial.quiet(150)
         trial.quiet(20, "cut")
         trial.broken(90, ("cut", "reset"), 10, past=PAST)
         trial.broken(40, ("cut", "reset"), 20)
         trial.broken(40, ("forget",), 1, "questions", past=PAST)
-        trial.restarted(30)
 
 
 # ---- what is shared, and what never --------------------------------------------------------------
