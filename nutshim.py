@@ -106,6 +106,7 @@ import errno                        # noqa: E402
 import fcntl                        # noqa: E402
 import functools                    # noqa: E402
 import hashlib                      # noqa: E402
+import itertools                    # noqa: E402
 import pwd                          # noqa: E402
 import queue                        # noqa: E402
 import re                           # noqa: E402
@@ -886,11 +887,12 @@ def starttls_reply(data: bytes) -> bool:
 
 # The shared upstream session: many clients' questions, and each reply to the one who asked.
 
-Question = collections.namedtuple("Question", "raw head item tail")
+Question = collections.namedtuple("Question", "raw head rest item tail")
 Question.__doc__ = """A command whose reply can be told from every other's.
 
 raw: its bytes; head: how the reply begins, in small letters; empty: the reply is any one line, so
-nothing else may be asked before that has come; item, tail: how a list's lines begin, its last line.
+nothing else may be asked before that has come; rest: matches what is behind the head, to the end;
+item, tail: how a list's lines begin, its last line.
 """
 _question_line = re.compile(rb"[!$-<>-\[\]-~]+(?: +[!$-<>-\[\]-~]+)*\r?\n").fullmatch
 # The forms of questions, and how many words each has.
@@ -901,6 +903,13 @@ _FORMS = {
     b"VER": 1, b"NETVER": 1, b"PROTVER": 1, b"HELP": 1}
 # How a reply begins that names its question, and so is none to VER.
 _NAMING = {b"BEGIN", b"END"}.union(form.split()[1] for form in _FORMS if b" " in form)
+
+
+# The whole of a reply is looked at: without its newline the next one would be taken as its end.
+_quoted_text = re.compile(rb'"(?:[^"\\\n]|\\.)*"\n').fullmatch
+_RESTS = {b"NUMLOGINS": re.compile(rb"\d+\n").fullmatch,
+          b"TYPE": re.compile(rb"(?: ?(?:RW|ENUM|RANGE|NUMBER|UNKNOWN|STRING:\d+))+\n").fullmatch}
+_error = re.compile(rb"ERR [A-Z0-9-]+\n").fullmatch
 
 
 @functools.lru_cache(256)
@@ -915,9 +924,9 @@ def question(raw: bytes) -> Optional[Question]:
     verb, _, what = form.partition(b" ")
     item = b" ".join([what] + words[2:])            # upsd repeats the names as they were typed.
     if verb == b"LIST":
-        return Question(raw, b"begin list " + item.lower() + b"\n", item + b" ",
+        return Question(raw, b"begin list " + item.lower() + b"\n", None, item + b" ",
                         b"END LIST " + item + b"\n")
-    return Question(raw, what and item.lower() + b" ", b"", b"")
+    return Question(raw, what and item.lower() + b" ", _RESTS.get(what, _quoted_text), b"", b"")
 
 
 class Questions:
@@ -968,9 +977,11 @@ class Questions:
                 if not data.startswith(asked.tail, at):
                     return self._blame(answers, "an item of another list in reply to", data[at:])
                 self._in_list = False
-            elif not data.startswith(b"ERR ", at):
+            elif not _error(data, at, end):
                 # upsd repeats names as they were typed, but for its own (server.info).
-                if (data[at:at + len(asked.head)].lower() != asked.head
+                head = at + len(asked.head)
+                if (data[at:head].lower() != asked.head
+                        or asked.head and asked.rest and not asked.rest(data, head, end)
                         or not asked.head and data[at:end].split(b" ", 1)[0] in _NAMING):
                     return self._blame(answers, "another answer in reply to", data[at:])
                 if asked.tail:
@@ -2728,8 +2739,10 @@ class Session:
             return
         talk, client = self.talk, self.client
         self.last = self.loop.now
+        if not self.bytes_out:
+            self.shim.remember(self.upstream)
         self.bytes_out += len(data)
-        waiting = talk.due
+        waiting = bool(talk.due)
         client.send(talk.from_upstream(data))
         if talk.sent > talk.got:
             self.upstream.hurry()
@@ -2983,9 +2996,9 @@ class Target:
         if host == "localhost" or numeric_family(host):
             self.addresses, self._fresh_until = look_up(host, port), float("inf")
 
-    def refresh(self, loop, then: Callable) -> bool:
+    def refresh(self, loop, then: Callable, again: bool = False) -> bool:
         """Whether a look-up is under way; then(error) is called when it is done."""
-        if loop.now < self._fresh_until:
+        if loop.now < self._fresh_until and not (again and self._fresh_until < float("inf")):
             return False
         if self._waiting is None:
             self._waiting = []
@@ -3072,9 +3085,7 @@ class Dial:
 
     def start(self) -> None:
         self._loop.timed.add(self)
-        for target in self._shim.targets:
-            then = functools.partial(self._looked_up, target)
-            self._looking += target.refresh(self._loop, then)
+        self._look_up(False)
         self._next()
 
     def _looked_up(self, target, error):
@@ -3085,7 +3096,7 @@ class Dial:
             else:
                 found = ", ".join(address_text(address) for _, address in target.addresses)
                 self._tell("look-up", f"{target.host}: {found}")
-            if not self._running:
+            if self.deadline == self._end or not self._running:
                 self._next()
 
     def _next(self):
@@ -3104,10 +3115,17 @@ class Dial:
             self._running[target, address] = task
             task.start()
         elif self._running or self._looking:
+            if self.deadline < self._end:           # Silence: a name may have moved meanwhile.
+                self._look_up(True)
             self.deadline = self._end
             self._loop.watch(self._end)
         else:
             self._lose()
+
+    def _look_up(self, again):
+        for target in self._shim.targets:
+            then = functools.partial(self._looked_up, target)
+            self._looking += target.refresh(self._loop, then, again)
 
     def _step(self, target, step, text, done=True):
         """Something has come a step further."""
@@ -3129,6 +3147,10 @@ class Dial:
         return await reached(shim, self._owner, target, family, address, tell)
 
     def _attempted(self, target, address, result, error):
+        earlier = itertools.takewhile(lambda each: each != (target, address), self._running)
+        if result:
+            for slow, where in earlier:         # Overtaken: not waited for the next time.
+                slow.failures[where] = self._loop.now
         del self._running[target, address]
         if result:
             conn, self._shim.round_trip = result
@@ -3347,7 +3369,9 @@ class Shared:
         if not data:
             return self._lost(link)
         self._since = self.loop.now
-        link.spoke = True
+        if not link.spoke:
+            link.spoke = True
+            self.shim.remember(link.conn)
         if self._dial or len(self.links) > 1:
             self._settle_for(link)
         self._silences = 0
@@ -3398,14 +3422,11 @@ class Shared:
         if self.links:
             return                              # The other one has been asked the same.
         self._end(f"closed by upstream{fault and f' ({fault})'}")
-        self._waiting = []
-        for asker, asked in rest:
+        for asker in self._askers(rest):
             asker.tries += 1
             if asker.tries >= MAX_ASKED:
-                self._waiting = [each for each in self._waiting if each[0] is not asker]
                 asker.finish(Reason.LOST, self.ended)
-            elif asker.asked:
-                self._waiting.append((asker, asked))
+        self._waiting = [each for each in rest if each[0].asked]
         if self._waiting:
             self.asked_again += len(self._waiting)
             self._start_dial()
