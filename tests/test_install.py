@@ -18,7 +18,7 @@ from conftest import missing
 from harness import IS_ROOT, ROOT, clean_env, run, run_shim, write
 from test_packaging import parsed, path_of
 
-HOST = os.uname().nodename
+HOST = os.uname().nodename.lower()
 PIN = "sha256//" + "A" * 43 + "="
 OTHER_PIN = "sha256//" + "B" * 43 + "="
 SERVER_FILE, CLIENTS_FILE = "etc/nut/%s.cert.pem" % HOST, "etc/nut/%s-client.cert.pem" % HOST
