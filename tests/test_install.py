@@ -350,7 +350,7 @@ def test_install_brings_a_new_version(need, tmp_path):
 
 # ---- Cut at any point ---------------------------------------------------------------------------
 
-# packaging/test-debian asks for every step; in the suite every third must do.
+# packaging/test-debian asks for every step; in the suite every fifth must do.
 EVERY_STEP = os.environ.get("EVERY_STEP")
 
 # Stands before each command that changes files, and keeps the folder as each of them leaves it: what a kill -9 there leaves.
@@ -363,7 +363,7 @@ echo $((number + 1)) >"$STEPS/number"
 cp -a "$DESTDIR" "$STEPS/$number"
 exit $status
 """
-COUNTED = ("cat", "chgrp", "chmod", "cksum", "cp", "mkdir", "mv", "rm", "rmdir")
+COUNTED = ("chgrp", "chmod", "cmp", "cp", "mkdir", "mv", "rm", "rmdir")     # none of them in a pipeline
 
 
 def states(tmp_path, folder, *words):
@@ -413,7 +413,7 @@ def in_two_threads(work, items):
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.seconds(120)
+@pytest.mark.seconds(240)
 @pytest.mark.parametrize("what", ["server", "client", "upgrade", "remove"])
 def test_install_may_be_cut_anywhere(what, need, tmp_path, pki):
     """Killed after any step and run again, install ends as an undisturbed run does, with keys that belong together;
@@ -451,7 +451,7 @@ def test_install_may_be_cut_anywhere(what, need, tmp_path, pki):
         for each in path, type(path)(other):
             installed(each, "remove")
             assert summary(each) == fresh, each
-    in_two_threads(again, found if EVERY_STEP else found[1::3])
+    in_two_threads(again, found if EVERY_STEP else found[1::5])
 
 
 @pytest.mark.parametrize("where", ["etc", "usr"])
