@@ -21,9 +21,10 @@ Without a command it makes one pair of files and keeps nothing else:
 Secret files are root's and NUT's group may read them (0640 root:nut); 0600 where there is no
 NUT user. `show` and `check` read any PEM file and change nothing.
 
-From the top: limits - names - files - the openssl command - the CA - what is made - show -
-check - the command line. It needs no more than OpenWrt's python3-light and openssl-util,
-Python 3.7, OpenSSL 1.1.1. LibreSSL lacks options that revoke, renew, show and check want.
+From the top: limits - signals - names - files - what is in them - the openssl command - the CA -
+what is made - show - check - the command line. It needs no more than OpenWrt's python3-light and
+openssl-util, Python 3.7, OpenSSL 1.1.1. LibreSSL lacks options that revoke, renew and check want.
+What reads certificates wants nutshim.py beside this file, and with it python3-openssl.
 """
 
 import argparse
@@ -32,13 +33,16 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import grp
 import hashlib
+import importlib.util
 import io
 import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -46,7 +50,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 VERSION = "1.0"
 CONF_FOLDERS = ("/etc/nut", "/etc/ups", "/usr/local/etc/nut")  # behind $NUT_CONFPATH
@@ -57,13 +61,43 @@ NO_END = datetime.datetime(9999, 12, 31, 23, 59, 59)  # RFC 5280 4.1.2.5: "has n
 WARN_DAYS = 30              # so long before its end a certificate is warned about, as in nutshim.py
 MAX_NAMES = 100             # TLS libraries refuse a handshake with more than some 100 KB
 MAX_DN = 64                 # RFC 5280 A.1: ub-common-name, ub-organization-name
-MAX_FILE = 4 << 20          # a bundle of all public CAs has 250 KB; a device has no end
 MAX_STEM = 100              # a host name may have 253 characters, a file name only 255
 RSA_BITS = (2048, 8192)     # fewer are unsafe; more take a router hours
+ROOM = 256 << 10            # what openssl's files take, and as much again
+LAST_UTCTIME = datetime.datetime(2049, 12, 31, 23, 59, 59)  # RFC 5280 4.1.2.5.1
 
 
 class Fault(Exception):
     """Something that the user can set right; shown without a traceback, exit 1."""
+
+
+# --- signals: a run that is told to stop tidies up first ---
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Whatever is done with the handlers of STOPS inside is undone."""
+    kept = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stops_late() -> Iterator[None]:
+    """A signal to stop that comes inside takes effect at the end."""
+    came: List[int] = []
+    with handlers_kept():
+        for number in STOPS:
+            if callable(signal.getsignal(number)):
+                signal.signal(number, lambda number, _: came.append(number))
+        yield
+    if came:
+        raise KeyboardInterrupt
 
 
 # --- names: whatever gets into a certificate, and so into an openssl configuration ---
@@ -96,7 +130,7 @@ def host_name(text: str) -> Name:
         except (OSError, ValueError):
             why = "no valid IPv4 or IPv6 address (neither brackets nor %zone)"
     elif not all(map(LABEL.fullmatch, text.split("."))):
-        why = "no host name (letters, digits, '-' and '_'; parts of 1 to 63, set apart by '.')"
+        why = "no host name (letters, digits, '-' and '_'; parts of 1 to 63, with '.' between)"
     if why:
         raise argparse.ArgumentTypeError("%s: %s" % (ascii(text[:80]), why))
     return Name("DNS", text.lower())
@@ -147,6 +181,20 @@ def own_names() -> List[Name]:
     return names + [Name("DNS", "localhost"), Name("IP", "127.0.0.1"), Name("IP", "::1")]
 
 
+def is_loopback(name: Name) -> bool:
+    return name.text.split(".")[0] == "localhost" or name == Name("IP", "::1") \
+        or name.kind == "IP" and name.text.startswith("127.")
+
+
+def reachable_names(how: str) -> List[Name]:
+    """own_names(), where clients could use them; `how` tells the way to name others."""
+    names = own_names()
+    if is_loopback(names[0]):
+        raise Fault("this host's name is %s, by which no client reaches it; give its names: %s"
+                    % (ascii(socket.gethostname()), how))
+    return names
+
+
 def unique(names: List[Name]) -> List[Name]:
     names = list(dict.fromkeys(names))
     if len(names) > MAX_NAMES:
@@ -154,33 +202,7 @@ def unique(names: List[Name]) -> List[Name]:
     return names
 
 
-# --- files: PEM in; whole or not at all out ---
-
-PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s.*?-----END \1-----", re.S)
-
-
-class Pem(NamedTuple):
-    """What nutshim.py would find in a file."""
-    path: str
-    keys: List[bytes]
-    certs: List[bytes]
-    crls: List[bytes]
-
-
-def read_pem(path: str) -> Pem:
-    with blame(path), open(path, "rb") as file:
-        data = file.read(MAX_FILE + 1)
-    found: Dict[bytes, List[bytes]] = {b"KEY": [], b"CERTIFICATE": [], b"CRL": []}
-    for match in PEM.finditer(data):
-        if b"ENCRYPTED" in match.group(0):
-            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it off: "
-                        "openssl pkey -in %s -out NEWFILE" % (path, path))
-        found.get(match.group(1).split()[-1], []).append(match.group(0) + b"\n")
-    if len(data) > MAX_FILE or not any(found.values()) or data.count(b"-----BEGIN ") != data.count(b"-----END "):
-        raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an X509 CRL) and its "
-                    "END line; bring the whole file again" % path)
-    return Pem(path, *found.values())
-
+# --- files: whole or not at all ---
 
 class Output(NamedTuple):
     path: str
@@ -188,59 +210,163 @@ class Output(NamedTuple):
     mode: int = 0o644
     uid: int = -1
     gid: int = -1
+    fresh: bool = False     # it never takes the place of another file
 
 
-def write_files(outputs: List[Output], replace: bool) -> None:
-    """Write all files whole, or none: each beside its place and for nobody else's eyes, then
-    moved there. Without `replace`, a file that came into being meanwhile is left alone."""
-    staged, placed = [], []
-    try:
-        for output in outputs:
-            path = "%s/.%s.tmp" % (os.path.dirname(output.path), os.urandom(8).hex())
-            with blame(output.path):
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                staged.append((path, output.path))
-                with open(fd, "wb") as file:
-                    file.write(output.data)
-                    file.flush()
-                    os.fchown(fd, output.uid, output.gid)
-                    os.fchmod(fd, output.mode)
-                    os.fsync(fd)
-        while staged:
-            path, place = staged[0]
-            with blame(place):
-                if not replace:
-                    os.link(path, place)  # fails if there is one
-                    placed.append(place)
-                    os.unlink(path)
-                else:
-                    os.replace(path, place)
-            staged.pop(0)
-    except BaseException:
-        for path in [path for path, _ in staged] + placed:
-            with contextlib.suppress(OSError):
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+LEFT = re.compile(r"\.mkNUTcert-[0-9a-f]{16}\.tmp")
+LEFT_BY_1_0 = re.compile(r"\.[0-9a-f]{16}\.tmp")
+
+
+def roomy(beside: str) -> str:
+    """Where temporary files go, which on a router is memory; `beside` if there is no room."""
+    with contextlib.suppress(OSError):
+        place = tempfile.gettempdir()
+        room = os.statvfs(place)
+        if room.f_bavail * room.f_frsize >= ROOM:
+            return place
+    return beside
+
+
+@contextlib.contextmanager
+def scratch(place: str) -> Iterator[str]:
+    """A private folder inside `place`, which must exist, for as long as this lasts.
+
+    It stays locked: one of that name without a lock is what a killed run has left, and goes.
+    """
+    with contextlib.ExitStack() as undo:
+        with blame(place):
+            sweep(place, LEFT)
+            fd = -1
+            while fd < 0:
+                path = "%s/.mkNUTcert-%s.tmp" % (place, os.urandom(8).hex())
+                os.mkdir(path, 0o700)
+                undo.callback(shutil.rmtree, path, ignore_errors=True)
+                # Until it is locked, another run may take it for a leftover.
+                with contextlib.suppress(FileNotFoundError):
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    undo.callback(os.close, fd)
+                    with contextlib.suppress(OSError):  # no locks there; then nothing is swept
+                        fcntl.flock(fd, fcntl.LOCK_EX)
+                    if not os.path.exists(path):
+                        fd = -1
+        yield path
+
+
+def sweep(place: str, pattern: "re.Pattern[str]") -> None:
+    """Remove what killed runs have left in a folder."""
+    for name in filter(pattern.fullmatch, os.listdir(place)):
+        path = os.path.join(place, name)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+            if os.lstat(path).st_uid != os.geteuid():
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            undo.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its run lives
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
                 os.unlink(path)
-        raise
-    for folder in {os.path.dirname(output.path) for output in outputs}:
-        fd = os.open(folder, os.O_RDONLY)
+
+
+def write_files(outputs: List[Output]) -> None:
+    """Write all files whole, or none. Each is first written beside its place and for nobody
+    else's eyes, so that a lack of room or rights shows while nothing has changed; then they
+    take their places in the order given."""
+    with contextlib.ExitStack() as rooms:
+        room = {folder: rooms.enter_context(scratch(folder))
+                for folder in dict.fromkeys(os.path.dirname(output.path) for output in outputs)}
+        staged = []
+        for number, output in enumerate(outputs):
+            staged.append(os.path.join(room[os.path.dirname(output.path)], str(number)))
+            with blame(output.path):
+                stage(staged[-1], output)
+                if output.fresh and os.path.lexists(output.path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        # Now it is quicker to finish than to stop, and half of it would be worth less than either.
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
+        done: List[Output] = []
+        try:
+            for path, output in zip(staged, outputs):
+                with blame(output.path, [each.path for each in done if not each.fresh]):
+                    move(path, output)
+                    done.append(output)
+                    sync_names(os.path.dirname(output.path))
+        except Fault:
+            for output in done:
+                if output.fresh:
+                    with contextlib.suppress(OSError):
+                        os.unlink(output.path)
+            raise
+
+
+def stage(path: str, output: Output) -> None:
+    fd = os.open(path, NEW_FILE, 0o600)
+    with open(fd, "wb") as file:
+        file.write(output.data)
+        file.flush()
+        mode = output.mode
+        try:
+            os.fchown(fd, output.uid, output.gid)
+        except PermissionError:  # a file system without owners, or a group that is not ours to give
+            mode &= 0o777 if mode & 0o004 else 0o700
+        with contextlib.suppress(PermissionError):  # a file system without modes
+            os.fchmod(fd, mode)
         os.fsync(fd)
+
+
+def move(path: str, output: Output) -> None:
+    """Move a file to its place; one that is fresh fails where another came into being meanwhile."""
+    if output.fresh:
+        try:
+            os.link(path, output.path)
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # No hard links there, as on a USB stick: an empty file holds the place.
+            os.close(os.open(output.path, NEW_FILE, 0o600))
+    try:
+        os.replace(path, output.path)
+    except OSError:
+        if output.fresh:
+            os.unlink(output.path)
+        raise
+
+
+def sync_names(folder: str) -> None:
+    """Have a folder's names on the disk before the next file takes its place."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that knows no such thing
+            raise
+    finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
-def blame(path: str) -> Iterator[None]:
-    """An OSError inside becomes a Fault that names `path` and, where there is one, the way out."""
+def blame(path: str, done: Optional[List[str]] = None) -> Iterator[None]:
+    """An OSError inside becomes a Fault that names `path` and, where there is one, the way out.
+    done: files that were written before, and stay."""
     try:
         yield
     except OSError as error:
-        hint = {errno.EACCES: "; run this as root, or choose another folder", errno.EPERM: "; run this as root",
-                errno.EROFS: "; choose another folder", errno.ENOSPC: "; make room: nothing was changed",
-                errno.EEXIST: "; it came into being meanwhile and is left as it is"}.get(error.errno or 0, "")
-        raise Fault("%s: %s%s" % (path, error.strerror, hint))
+        other = "choose another folder"
+        root = ("run this as root, or " if os.geteuid() else "") + other
+        hints = {errno.EACCES: root, errno.EPERM: root, errno.EROFS: other,
+                 errno.EEXIST: "it came into being meanwhile and is left as it is"}
+        if not done:
+            hints[errno.ENOSPC] = hints[errno.EDQUOT] = "make room: nothing was changed"
+        hint = hints.get(error.errno or 0)
+        raise Fault("%s: %s%s%s" % (path, error.strerror, "; " + hint if hint else "",
+                                    "; written before it: " + ", ".join(done) if done else ""))
 
 
 def may_write(paths: List[str], yes: bool) -> bool:
-    """Ask before files are replaced; whether write_files() is to replace any."""
+    """Ask before files are replaced; whether write_files() may replace any."""
     for path in paths:
         # Nor is a link followed or replaced: /dev/stdout is one.
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
@@ -300,15 +426,190 @@ def conf_folder() -> str:
     raise Fault("no NUT configuration folder found (%s): name a folder with -d" % ", ".join(folders))
 
 
+# --- what is in them: DER, read by nutshim.py, never openssl's words about it ---
+
+OIDS = {  # those of a public key's algorithm or curve
+    "1.2.840.113549.1.1.1": "RSA", "1.2.840.113549.1.1.10": "RSA-PSS",
+    "1.2.840.10045.3.1.7": "EC P-256", "1.3.132.0.34": "EC P-384", "1.3.132.0.35": "EC P-521",
+    "1.3.101.112": "Ed25519", "1.3.101.113": "Ed448"}
+EXTENDED_KEY_USAGE = b"\x55\x1d\x25"
+USES = {"2.5.29.37.0": "any use", "1.3.6.1.5.5.7.3.1": "TLS Web Server Authentication",
+        "1.3.6.1.5.5.7.3.2": "TLS Web Client Authentication", "1.3.6.1.5.5.7.3.3": "Code Signing",
+        "1.3.6.1.5.5.7.3.4": "E-mail Protection", "1.3.6.1.5.5.7.3.9": "OCSP Signing"}
+
+
+@functools.lru_cache(maxsize=None)
+def reader():
+    """nutshim.py, as a module: there is one reader of certificates, the one that serves."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "nutshim.py")
+    if not os.path.isfile(path):
+        raise Fault("%s: is missing; certificates are read with it: put nutshim.py beside "
+                    "mkNUTcert.py" % path)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ in /usr/sbin
+    try:
+        # By its path, since an isolated Python does not look beside the script.
+        spec = importlib.util.spec_from_file_location("nutshim", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise Fault("nutshim.py cannot be used: %s (on OpenWrt install python3-openssl)" % error)
+    finally:
+        sys.dont_write_bytecode = before
+
+
+class Pem(NamedTuple):
+    """What nutshim.py finds in a file; each block as PEM."""
+    path: str
+    keys: List[bytes]
+    certs: List[bytes]
+    crls: List[bytes]
+
+
+def read_pem(path: str) -> Pem:
+    pem = Pem(path, [], [], [])
+    try:
+        with blame(path):
+            blocks = reader().pem_blocks(reader().read_file(path))
+    except ValueError as error:
+        raise Fault("%s: no whole PEM file: %s" % (path, error))
+    for block in blocks:
+        if block.encrypted:
+            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it "
+                        "off: openssl pkey -in %s -out NEWFILE" % (path, path))
+        if block.kind == "TRUSTED CERTIFICATE":
+            raise Fault("%s: a TRUSTED CERTIFICATE, which nutshim.py does not take; write a plain "
+                        "one: openssl x509 -in %s -out NEWFILE" % (path, path))
+        kind = block.kind if block.kind not in reader().CERTIFICATES else reader().CERTIFICATES[0]
+        place = {"CERTIFICATE": pem.certs, reader().REVOCATION_LIST: pem.crls}.get(
+            kind, pem.keys if kind.endswith("PRIVATE KEY") else [])
+        lines = b"\n".join(re.findall(b".{1,64}", base64.b64encode(block.der)))
+        title = kind.encode()
+        place.append(b"-----BEGIN %s-----\n%s\n-----END %s-----\n" % (title, lines, title))
+    if not any(pem[1:]):
+        raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an "
+                    "X509 CRL) and its END line; bring the whole file again" % path)
+    return pem
+
+
+class Certificate(NamedTuple):
+    """One, in words; whatever it says of itself is harmless text."""
+    pem: bytes
+    subject: str
+    issuer: str
+    start: datetime.datetime
+    end: datetime.datetime
+    names: List[str]    # DNS:host, IP:address, ...
+    uses: str           # extendedKeyUsage in words
+    is_ca: bool
+    key: str            # EC P-256, RSA 2048, ...
+    pin: str
+    fields: List[Tuple[str, str]]   # the subject's: CN and so on, and its text
+
+
+def describe(cert: bytes) -> Certificate:
+    try:
+        found = reader().read_certificate(der(cert))
+        uses = []
+        if EXTENDED_KEY_USAGE in found.extensions:
+            (_, content, _), = reader().der_items(found.extensions[EXTENDED_KEY_USAGE])
+            for _, oid, _ in reader().der_items(content):
+                uses.append(USES.get(reader().oid_text(oid), reader().oid_text(oid)))
+    except (ValueError, IndexError) as error:
+        raise Fault("no certificate that nutshim.py takes: %s; make it again" % error)
+    return Certificate(cert, found.subject or "no subject", found.issuer or "nobody",
+                       moment(found.not_before), moment(found.not_after),
+                       [name for name in found.names if not name.startswith("CN=")],
+                       ", ".join(uses), found.is_ca, key_name(found.spki), found.pin, found.fields)
+
+
+def describe_all(pem: Pem) -> List[Certificate]:
+    found = []
+    for number, cert in enumerate(pem.certs, 1):
+        try:
+            found.append(describe(cert))
+        except Fault as fault:
+            raise Fault("%s: certificate %d: %s" % (pem.path, number, fault))
+    return found
+
+
+def read_list(crl: bytes):
+    """A CRL's issuer and dates."""
+    try:
+        return reader().read_crl(der(crl))
+    except ValueError as error:
+        raise Fault("%s; get a new one from its CA" % error)
+
+
+def on_list(crl: bytes) -> Set[int]:
+    """The serials that a CRL revokes (RFC 5280 5.1)."""
+    items = reader().der_items
+    try:
+        # Three sequences: the algorithm, the issuer, and, if it is not empty, the list.
+        lists = [content for tag, content, _ in signed_fields(crl) if tag == 0x30][2:]
+        return {int.from_bytes(items(entry)[0][1], "big")
+                for entries in lists for _, entry, _ in items(entries)}
+    except (IndexError, ValueError):
+        raise Fault("is no revocation list that can be read")
+
+
+def serial_of(cert: bytes) -> int:
+    fields = signed_fields(cert)
+    return int.from_bytes(fields[1 if fields[0][0] == 0xa0 else 0][1], "big")  # the version is optional
+
+
+def signed_fields(pem: bytes) -> List[Tuple[int, bytes, bytes]]:
+    """The fields of what is signed in a certificate or CRL, as der_items() has them."""
+    items = reader().der_items
+    return items(items(items(der(pem))[0][1])[0][1])
+
+
+def end_of(cert: bytes) -> datetime.datetime:
+    return describe(cert).end
+
+
+def subject_fields(cert: bytes) -> Dict[str, str]:
+    """A subject's fields, checked as if they had been typed."""
+    return {field: dn_text(text) for field, text in describe(cert).fields}
+
+
+def key_name(public: bytes) -> str:
+    """What kind of key it is, from its SubjectPublicKeyInfo (RFC 3279 2.3, RFC 5480)."""
+    items = reader().der_items
+    (_, algorithm, _), (_, bits, _) = items(items(public)[0][1])
+    oids = [reader().oid_text(content) for tag, content, _ in items(algorithm) if tag == 0x06]
+    name = next((OIDS[oid] for oid in reversed(oids) if oid in OIDS), "another kind")
+    if name.startswith("RSA"):
+        with contextlib.suppress(ValueError, IndexError):
+            modulus = items(items(bits[1:])[0][1])[0][1]
+            return "%s %d" % (name, int.from_bytes(modulus, "big").bit_length())
+    return name
+
+
+def der(pem) -> bytes:
+    """The bytes of a PEM block that this program or openssl has made."""
+    text = pem.decode() if isinstance(pem, bytes) else pem
+    return base64.b64decode("".join(text.split("-----")[2].split()))
+
+
+def pin_of(public: bytes) -> str:
+    """SHA-256 of a public key's DER, as curl writes it."""
+    return "sha256//" + base64.b64encode(hashlib.sha256(public).digest()).decode()
+
+
+def now() -> datetime.datetime:
+    return moment(int(time.time()))
+
+
+def moment(seconds: int) -> datetime.datetime:
+    # Not fromtimestamp(), which ends in 2038 where time_t has 32 bits. Naive, and UTC everywhere.
+    return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+
+
 # --- the openssl command ---
 
 NOISE = ("Using configuration from", "Check that the request matches", "Signature ok", "The Subject's")
-DN_OPTIONS = "esc_ctrl,utf8,dump_nostr,dump_der,sname,"
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
-# A public key's algorithm in DER.
-RSA = bytes.fromhex("06092a864886f70d010101")
-KEY_NAMES = {bytes.fromhex("06082a8648ce3d030107"): "EC P-256", bytes.fromhex("06052b81040022"): "EC P-384",
-             bytes.fromhex("06052b81040023"): "EC P-521", bytes.fromhex("06032b6570"): "Ed25519"}
+RSA = bytes.fromhex("06092a864886f70d010101")  # a public key's algorithm in DER
 GENPKEY = {"ec": "EC -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve",
            "ed25519": "ED25519", "rsa": "RSA -pkeyopt rsa_keygen_bits:%s"}
 CA_USE = "basicConstraints = critical,CA:TRUE,pathlen:0\nkeyUsage = critical,keyCertSign,cRLSign"
@@ -351,36 +652,31 @@ authorityKeyIdentifier = keyid
 """
 
 
-class Certificate(NamedTuple):
-    """What `openssl x509` says about one."""
-    pem: bytes
-    subject: str
-    issuer: str
-    start: datetime.datetime
-    end: datetime.datetime
-    names: List[str]    # DNS:host, IP:address, ...
-    uses: str           # extendedKeyUsage in OpenSSL's words
-    is_ca: bool
-    key: str            # EC P-256, RSA 2048, ...
-    pin: str
-
-
 class OpenSSL:
     """The one way to the openssl command.
 
     Its private folder holds a configuration of its own and certificates, never a private key:
-    that reaches openssl through standard input, and no argument holds one either.
+    that reaches openssl through standard input, and no argument holds one either. What openssl
+    has written is never taken as it is: its exit status says nothing of a file that it cut.
     """
 
     def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="mkNUTcert-")
-        self.configure()
+        self.place = ""  # where the folder is made at its first use; else where temporary files go
+        self._folder = ""
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "OpenSSL":
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._undo.close()
+
+    @property
+    def folder(self) -> str:
+        if not self._folder:
+            self._folder = self._undo.enter_context(scratch(self.place or tempfile.gettempdir()))
+            self.configure()
+        return self._folder
 
     def file(self, name: str, data: bytes) -> str:
         """Put a file into the folder, where openssl finds it by its bare name."""
@@ -389,24 +685,19 @@ class OpenSSL:
             file.write(data)
         return name
 
-    def index(self) -> bytes:
-        """The CA's index as openssl has left it."""
-        with open(os.path.join(self.folder, "index.txt"), "rb") as file:
-            return file.read()
-
     def configure(self, subject: str = "", extensions: str = "", names: str = "") -> None:
         self.file("openssl.cnf", CONFIG.format(subject=subject, extensions=extensions, names=names).encode())
 
     def run(self, *args: str, stdin: bytes = b"", slow: bool = False) -> Tuple[int, str, str]:
         """Exit code, standard output, error text. `slow` shows a dot a second."""
         data: Optional[bytes] = stdin
+        process: Optional["subprocess.Popen[bytes]"] = None
         try:
-            process = subprocess.Popen(("openssl",) + args, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, cwd=self.folder,
-                                       env=dict(os.environ, OPENSSL_CONF="openssl.cnf"))
-        except FileNotFoundError:
-            raise Fault("the openssl command is missing: install the package openssl (on OpenWrt openssl-util)")
-        with process:
+            with stops_late():
+                process = subprocess.Popen(("openssl",) + args, stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                           cwd=self.folder,
+                                           env=dict(os.environ, OPENSSL_CONF="openssl.cnf"))
             while True:
                 try:
                     out, err = process.communicate(data, timeout=1 if slow else None)
@@ -414,11 +705,18 @@ class OpenSSL:
                 except subprocess.TimeoutExpired:
                     data = None  # it is on its way already
                     print(".", end="", file=sys.stderr, flush=True)
+        except FileNotFoundError:
+            raise Fault("the openssl command is missing: install the package openssl (on OpenWrt openssl-util)")
+        except BaseException:
+            if process:
+                process.kill()
+                process.wait()
+            raise
 
-    def __call__(self, *args: str, stdin: bytes = b"", slow: bool = False, expect: str = "") -> str:
-        """Standard output; a failure that does not say `expect` is a Fault in openssl's own words."""
+    def __call__(self, *args: str, stdin: bytes = b"", slow: bool = False) -> str:
+        """Standard output; a failure is a Fault in openssl's own words."""
         code, out, err = self.run(*args, stdin=stdin, slow=slow)
-        if code != 0 and not (expect and expect in err):
+        if code != 0:
             lines = [line for line in err.splitlines() if line.strip() and not line.startswith(NOISE)]
             raise Fault("openssl %s failed:\n  %s" % (args[0], "\n  ".join(lines) or "exit code %d" % code))
         return out
@@ -436,39 +734,45 @@ class OpenSSL:
         return key
 
     def sign(self, role: str, subject: Dict[str, str], names: List[Name], key: bytes, serial: int,
-             start: datetime.datetime, end: datetime.datetime, ca_key: bytes, ca_cert: Optional[bytes],
-             index: bytes = b"") -> Tuple[bytes, bytes]:
-        """A certificate for `key`, and the CA's index with it in. No ca_cert: it is the CA's own."""
-        extensions = CA_USE
+             start: datetime.datetime, end: datetime.datetime, ca_key: bytes,
+             ca_cert: Optional[bytes]) -> bytes:
+        """A certificate for `key`. No ca_cert: it is the CA's own."""
+        extensions, public = CA_USE, self.public(key)
         if role != "ca":
-            extensions = LEAF_USE % role + (RSA_USE if RSA in self.public(key)[:32] else "")
+            extensions = LEAF_USE % role + (RSA_USE if RSA in public[:32] else "")
         # Behind a backslash no sign has a meaning in the configuration.
         self.configure("\n".join("%s = %s" % (field, re.sub(r"([^\w ]|_)", r"\\\1", value))
                                  for field, value in subject.items() if value), extensions,
                        "\n".join("%s.%d = %s" % (name.kind, i, name.text) for i, name in enumerate(names)))
         digits = "%X" % serial
         self.file("serial", ("0" * (len(digits) % 2) + digits + "\n").encode())
-        self.file("index.txt", index)
+        self.file("index.txt", b"")
         request = self.file("request.pem", self("req", "-new", "-key", "/dev/stdin", stdin=key).encode())
         issuer = ("-cert", self.file("issuer.pem", ca_cert)) if ca_cert else ("-selfsign",)
         out = self("ca", "-batch", "-notext", "-preserveDN", "-in", request, "-keyfile", "/dev/stdin",
                    "-startdate", asn1_time(start), "-enddate", asn1_time(end), *issuer, stdin=ca_key)
-        return out.encode(), self.index()
+        said = self("x509", "-noout", "-serial", "-pubkey", stdin=out.encode())
+        if der(said) != public or not re.search("^serial=0*%X$" % serial, said, re.M):
+            raise Fault("openssl ca made another certificate than it was asked for")
+        return out.encode()
 
-    def crl(self, ca_key: bytes, ca_cert: bytes, index: bytes, number: int) -> bytes:
+    def crl(self, ca_key: bytes, ca_cert: bytes, index: "Index", number: int) -> bytes:
         """The CRL for an index. It has no end: an overdue one would lock every client out."""
-        self.file("index.txt", index)
+        self.file("index.txt", b"".join(index.values()))
         self.file("crlnumber", b"%016X\n" % number)
-        return self("ca", "-batch", "-gencrl", "-keyfile", "/dev/stdin", "-cert", self.file("issuer.pem", ca_cert),
+        return self("ca", "-batch", "-gencrl", "-keyfile", "/dev/stdin",
+                    "-cert", self.file("issuer.pem", ca_cert),
                     "-crldays", str((NO_END - now()).days), stdin=ca_key).encode()
 
     def verify(self, cert: bytes, trust: bytes, *options: str, chain: bytes = b"") -> Dict[int, str]:
         """OpenSSL's error numbers and their texts; none if the certificate holds. Dates do not count."""
         if chain:
             options += ("-untrusted", self.file("chain.pem", chain))
-        code, out, err = self.run("verify", "-no_check_time", "-CAfile", self.file("trust.pem", trust), *options,
-                                  self.file("verified.pem", cert))
-        found = re.findall(r"error (\d+) at \d+ depth lookup: ?(.*)", out + err)
+        if trust:
+            options += ("-CAfile", self.file("trust.pem", trust))
+        file = self.file("verified.pem", cert)
+        code, out, err = self.run("verify", "-no_check_time", *options, file)
+        found = re.findall(r"^error (\d+) at \d+ depth lookup: ?(.*)", out + err, re.M)
         if code != 0 and not found:
             raise Fault("openssl verify failed:\n  " + err.strip())
         return {int(number): text for number, text in found}
@@ -477,64 +781,6 @@ class OpenSSL:
         """DER of the public half of a private key."""
         return der(self("pkey", "-pubout", stdin=key))
 
-    def key_name(self, public: bytes) -> str:
-        if RSA in public[:32]:
-            modulus = self("rsa", "-pubin", "-inform", "DER", "-noout", "-modulus", stdin=public).strip()
-            return "RSA %d" % (4 * len(modulus.partition("=")[2]))
-        return next((name for oid, name in KEY_NAMES.items() if oid in public[:32]), "another kind")
-
-    def end_of(self, cert: bytes) -> datetime.datetime:
-        return moment(self("x509", "-noout", "-enddate", stdin=cert), "notAfter=")
-
-    def describe(self, cert: bytes) -> Certificate:
-        text = self("x509", "-noout", "-subject", "-issuer", "-startdate", "-enddate", "-pubkey", "-nameopt",
-                    DN_OPTIONS + "sep_comma_plus_space", "-ext", "subjectAltName,extendedKeyUsage,basicConstraints",
-                    stdin=cert)
-        fields: Dict[str, str] = {}  # "subject=..." as it stands, an extension under its title
-        title = ""
-        for line in text.splitlines():
-            if line.startswith("    "):
-                fields.setdefault(title, line.strip())
-            else:
-                title, _, value = line.partition("=")
-                title = title.partition(":")[0]
-                if value:
-                    fields.setdefault(title, value.strip())
-        names, uses, basic = [fields.get("X509v3 " + title, "") for title in (
-            "Subject Alternative Name", "Extended Key Usage", "Basic Constraints")]
-        public = der(text[text.index("-----BEGIN PUBLIC KEY"):])
-        return Certificate(cert, fields.get("subject", "no subject"), fields.get("issuer", "nobody"),
-                           moment(text, "notBefore="), moment(text, "notAfter="),
-                           [san(name) for name in names.split(", ") if name], uses, "CA:TRUE" in basic,
-                           self.key_name(public), pin_of(public))
-
-    def subject(self, cert: bytes) -> Dict[str, str]:
-        """A subject's fields, checked as if they had been typed."""
-        lines = self("x509", "-noout", "-subject", "-nameopt", DN_OPTIONS + "sep_multiline", stdin=cert).splitlines()
-        return {field: dn_text(value) for field, _, value in (line.strip().partition("=") for line in lines[1:])}
-
-
-def der(pem: str) -> bytes:
-    return base64.b64decode("".join(pem.split("-----")[2].split()))
-
-
-def pin_of(public: bytes) -> str:
-    """SHA-256 of a public key's DER, as curl writes it."""
-    return "sha256//" + base64.b64encode(hashlib.sha256(public).digest()).decode()
-
-
-def san(text: str) -> str:
-    """`IP Address:0:0:0:0:0:0:0:1` of openssl in the one form of addresses, IP:::1."""
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        if text.startswith("IP Address:"):
-            return "IP:" + host_name(text[11:]).text
-    return text
-
-
-def now() -> datetime.datetime:
-    # Not fromtimestamp(), which ends in 2038 where time_t has 32 bits. Naive, and UTC everywhere here.
-    return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
-
 
 def asn1_time(when: datetime.datetime) -> str:
     """RFC 5280 4.1.2.5: two digits for the year up to 2049, then four."""
@@ -542,26 +788,60 @@ def asn1_time(when: datetime.datetime) -> str:
     return text[2:] if when.year < 2050 else text
 
 
-def moment(text: str, field: str) -> datetime.datetime:
-    """As in `notAfter=Dec 31 23:59:59 9999 GMT`, the same in every version and locale."""
-    match = re.search(field + r"(\w{3}) +(\d+) (\d+):(\d+):(\d+)[.\d]* (\d+) GMT", text)
-    with contextlib.suppress(TypeError, ValueError):  # no match; no such month or day
-        return datetime.datetime(int(match[6]), MONTHS.index(match[1]) + 1, *map(int, match.groups()[1:5]))
-    raise Fault("openssl cannot read the dates: %s" % ascii(text.strip()))
-
-
 def new_serial() -> int:
-    """127 bits, 126 of them by chance: positive, of one length, never the same twice."""
+    """127 bits, 126 of them random: positive, of one length, never the same twice."""
     return 1 << 126 | int.from_bytes(os.urandom(16), "big") >> 2
 
 
 # --- the CA: a folder that one run at a time may use ---
 
+Index = Dict[int, bytes]  # a CA's index.txt as openssl has it: its lines by their serials
+
+# State, end, date of revocation, serial, file, subject.
+LINE = re.compile(rb"[VRE]\t\d{12,14}Z\t(?:\d{12}Z[^\t\n]*)?\t([0-9A-F]+)\t[^\t\n]+\t[^\n]*\n")
+
+
+def read_index(path: str, data: bytes) -> Index:
+    index: Index = {}
+    for number, line in enumerate(data.splitlines(True), 1):
+        match = LINE.fullmatch(line)
+        if not match or int(match.group(1), 16) in index:
+            raise Fault("%s:%d: is damaged, expected one certificate's line; bring the file back "
+                        "from a backup" % (path, number))
+        index[int(match.group(1), 16)] = line
+    return index
+
+
+def index_line(serial: int, end: datetime.datetime, subject: Dict[str, str]) -> bytes:
+    """A certificate's line as `openssl ca` writes it."""
+    digits = "%X" % serial
+    text = "".join("/%s=%s" % (field, re.sub("[/+]", r"\\\g<0>", value))
+                   for field, value in subject.items() if value)
+    return b"V\t%s\t\t%s\tunknown\t%s\n" % (
+        asn1_time(end).encode(), ("0" * (len(digits) % 2) + digits).encode(),
+        re.sub(rb"[^ -~]", lambda match: b"\\x%02X" % match.group()[0], text.encode()) or b"/")
+
+
+def as_revoked(line: bytes) -> bytes:
+    """A line of the index with today's date of revocation, unless it has one."""
+    if line.startswith(b"R"):
+        return line
+    _, end, _, rest = line.split(b"\t", 3)
+    # openssl takes no later date there; a date in the past revokes as well.
+    return b"\t".join((b"R", end, asn1_time(min(now(), LAST_UTCTIME)).encode(), rest))
+
+
+def revoked(index: Index) -> Set[int]:
+    return {serial for serial, line in index.items() if line.startswith(b"R")}
+
+
 class CA:
+    """Its records hold whenever a run is cut short: first the index knows of a certificate, then
+    there is a copy in issued/, and then the file with its key; crl.pem follows the index."""
 
     def __init__(self, ossl: OpenSSL, opts: argparse.Namespace, create: bool = False) -> None:
         self.ossl, self.folder = ossl, opts.d or os.path.join(conf_folder(), "nutshim")
-        private = self.path("private")
+        ossl.place = private = self.path("private")
         if not create and not os.path.exists(self.path("ca.pem")):
             raise Fault("%s: there is no CA; make one: mkNUTcert.py ca -d %s" % (self.folder, self.folder))
         for path in (self.folder, self.path("issued"), private):
@@ -574,13 +854,61 @@ class CA:
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 raise Fault("%s: is %s; a CA is safe only where nobody but you can write: %s" % (
                     path, rights(path), "run this as the one it belongs to" if info.st_uid != os.geteuid() else
-                    "chmod go-w " + path))
+                    "chmod go-w " + path + (", or choose another folder" if create else "")))
         with blame(private):
             self.lock = os.open(self.path("private/lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX)
+        for path in (self.folder, self.path("issued"), private):
+            with blame(path):
+                sweep(path, LEFT)
+                sweep(path, LEFT_BY_1_0)
+        self.index: Index = {}
         if not create:
-            self.cert = read_pem(self.path("ca.pem")).certs[0]
-            self.key = read_pem(self.path("private/ca-key.pem")).keys[0]
+            self.load()
+
+    def load(self) -> None:
+        cert, key = self.path("ca.pem"), self.path("private/ca-key.pem")
+        certs, keys = read_pem(cert).certs, read_pem(key).keys
+        if not certs or not keys:
+            raise Fault("%s: has no %s in it; bring it back from a backup"
+                        % ((key, "key") if certs else (cert, "certificate")))
+        self.cert, self.key = certs[0], keys[0]
+        if os.stat(key).st_mode & 0o077:
+            raise Fault("%s: is %s, and whoever can read it can pose as any box: chmod 600 %s; "
+                        "if somebody has read it, make another CA, in another folder"
+                        % (key, rights(key), key))
+        self.index = read_index(self.path("private/index.txt"), self.record("private/index.txt"))
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Bring index and list together after a run that was killed, or an old backup: what
+        either has revoked stays revoked. What neither knows can only be told."""
+        path, index_path = self.path("crl.pem"), self.path("private/index.txt")
+        listed: Optional[Set[int]] = None
+        if os.path.lexists(path):
+            try:
+                listed = set().union(*map(on_list, read_pem(path).crls))
+            except Fault as fault:
+                raise Fault("%s: %s; or remove it: the next run makes it again"
+                            % (path, str(fault).replace(path + ": ", "")))
+        index = dict(self.index)
+        forgotten = (listed or set()) - revoked(index)
+        for serial in forgotten:
+            index[serial] = as_revoked(index.get(serial) or index_line(serial, NO_END, {}))
+        if forgotten or listed is None or revoked(index) - listed:
+            with handlers_kept():
+                self.publish(index)
+            say("%s: made again from %s" % (path, index_path))
+        if forgotten:
+            say("%s: did not know of %d that crl.pem revokes (restored from an older backup?); "
+                "they stay revoked" % (index_path, len(forgotten)))
+        copies = os.listdir(self.path("issued"))
+        unknown = [name for name in sorted(copies) if re.fullmatch(r".+\.[0-9A-F]+\.pem", name)
+                   and int(name.split(".")[-2], 16) not in index]
+        if unknown:
+            say("%s: does not know %s in %s (restored from an older backup?). What was revoked "
+                "since is good again: revoke it once more, and renew and revoke the others"
+                % (index_path, ", ".join(unknown), self.path("issued")))
 
     def __enter__(self) -> "CA":
         return self
@@ -595,23 +923,37 @@ class CA:
         with blame(self.path(name)), open(self.path(name), "rb") as file:
             return file.read()
 
-    def store(self, public: Dict[str, bytes], private: Dict[str, bytes]) -> None:
-        write_files([Output(self.path("private/" + name), data, 0o600) for name, data in private.items()] +
-                    [Output(self.path(name), data) for name, data in public.items()], replace=True)
+    def private(self, name: str, data: bytes) -> Output:
+        return Output(self.path("private/" + name), data, 0o600)
 
     def issue(self, role: str, subject: Dict[str, str], names: List[Name], key: bytes, start: datetime.datetime,
-              end: datetime.datetime) -> Tuple[bytes, datetime.datetime]:
-        """A certificate and its end, which is the CA's if that comes first."""
-        ca_end = self.ossl.end_of(self.cert)
+              end: datetime.datetime) -> Tuple[bytes, datetime.datetime, List[Output]]:
+        """A certificate, its end, which is the CA's if that comes first, and the CA's record of
+        it, which is to be written before any file with the certificate."""
+        ca_end = end_of(self.cert)
         if start >= ca_end:
             raise Fault("%s: the CA ends on %s; make another one, in another folder: mkNUTcert.py ca -d DIR"
                         % (self.path("ca.pem"), ca_end))
-        end = min(end, ca_end)
-        serial = new_serial()
-        cert, index = self.ossl.sign(role, subject, names, key, serial, start, end, self.key, self.cert,
-                                     self.record("private/index.txt"))
-        self.store({"issued/%s.%s.%X.pem" % (names[0].text[:MAX_STEM], role, serial): cert}, {"index.txt": index})
-        return cert, end
+        end, serial = min(end, ca_end), new_serial()
+        copy = "issued/%s.%s.%X.pem" % (names[0].text[:MAX_STEM], role, serial)
+        cert = self.ossl.sign(role, subject, names, key, serial, start, end, self.key, self.cert)
+        index = b"".join(self.index.values()) + index_line(serial, end, subject)
+        return cert, end, [self.private("index.txt", index), Output(self.path(copy), cert)]
+
+    def publish(self, index: Index) -> None:
+        """Take another index, and the revocation list that follows from it."""
+        path, text = self.path("private/crlnumber"), self.record("private/crlnumber").strip()
+        if not re.fullmatch(rb"[0-9]{1,18}", text):
+            raise Fault("%s: is damaged, expected the last revocation list's number; write it "
+                        "there in decimal; openssl crl -noout -crlnumber -in %s tells it in "
+                        "hexadecimal" % (path, self.path("crl.pem")))
+        number = int(text) + 1
+        crl = self.ossl.crl(self.key, self.cert, index, number)
+        if on_list(crl) != revoked(index):
+            raise Fault("openssl ca made a revocation list that is not the index's")
+        write_files([self.private("index.txt", b"".join(index.values())),
+                     self.private("crlnumber", b"%d" % number), Output(self.path("crl.pem"), crl)])
+        self.index = index
 
     def issued(self, path: str) -> Pem:
         """A file whose certificate is from this CA."""
@@ -658,22 +1000,25 @@ def ca_subject(opts: argparse.Namespace, host: Name) -> Dict[str, str]:
 
 def make_pair(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     """The default action: the server's file and the clients' file."""
-    own = own_names()
-    names = unique(opts.subjectAltName or own)
+    names = unique(opts.subjectAltName or reachable_names('-SAN "NAME NAME ..."'))
     start, end = validity(opts)
-    stem = own[0].text[:MAX_STEM]
+    own = own_names()[0]
+    stem = (names[0] if is_loopback(own) else own).text[:MAX_STEM]
     server = opts.servercertfile or os.path.join(opts.d or conf_folder(), stem + ".cert.pem")
     client = opts.clientcertfile or os.path.join(opts.d or conf_folder(), stem + "-client.cert.pem")
     owner = key_rights(opts.owner)
-    replace = may_write([server, client], opts.y)
+    fresh = not may_write([server, client], opts.y)
+    ossl.place = roomy(os.path.dirname(server))
     ca_key, key = ossl.new_key(opts.key_type), ossl.new_key(opts.key_type)
-    ca_cert, _ = ossl.sign("ca", ca_subject(opts, names[0]), [], ca_key, new_serial(), start, end, ca_key, None)
-    cert, _ = ossl.sign("server", subject_of(opts, names[0].text), names, key, opts.serialNumber or new_serial(),
-                        start, end, ca_key, ca_cert)
-    write_files([Output(server, key + cert + ca_cert, *owner), Output(client, ca_cert)], replace)
+    ca_cert = ossl.sign("ca", ca_subject(opts, names[0]), [], ca_key, new_serial(), start, end,
+                        ca_key, None)
+    cert = ossl.sign("server", subject_of(opts, names[0].text), names, key,
+                     opts.serialNumber or new_serial(), start, end, ca_key, ca_cert)
+    write_files([Output(server, key + cert + ca_cert, *owner, fresh),
+                 Output(client, ca_cert, fresh=fresh)])
     say_made(names, end, opts.key_type, {server: "key, certificate, CA: stays on this box, secret",
                                          client: "the CA's certificate: for the clients, no secret"})
-    say_shims(names[0], server, client, pin_of(ossl.public(key)))
+    say_shims(names, server, client, pin_of(ossl.public(key)))
 
 
 def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
@@ -683,10 +1028,13 @@ def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
         if os.path.exists(ca.path("ca.pem")):
             raise Fault("%s: is a CA already and stays so; another one needs another folder: -d DIR" % ca.folder)
         key = ossl.new_key(opts.key_type)
-        cert, _ = ossl.sign("ca", ca_subject(opts, own_names()[0]), [], key, new_serial(), start, end, key, None)
+        cert = ossl.sign("ca", ca_subject(opts, own_names()[0]), [], key, new_serial(), start, end,
+                         key, None)
         # ca.pem comes last: what is there without it is no CA yet.
-        ca.store({"crl.pem": ossl.crl(key, cert, b"", 1), "ca.pem": cert},
-                 {"index.txt": b"", "crlnumber": b"1", "ca-key.pem": key})
+        write_files([ca.private("index.txt", b""), ca.private("crlnumber", b"1"),
+                     ca.private("ca-key.pem", key),
+                     Output(ca.path("crl.pem"), ossl.crl(key, cert, {}, 1)),
+                     Output(ca.path("ca.pem"), cert)])
         say_made([], end, opts.key_type, {
             ca.path("ca.pem"): "the CA's certificate: `trust` on every box, no secret",
             ca.path("crl.pem"): "what it has revoked, nothing yet: `crl` on the upsd box, no secret",
@@ -697,37 +1045,40 @@ def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
 
 
 def make_server(ossl: OpenSSL, opts: argparse.Namespace) -> None:
-    names = unique(opts.names or own_names())
+    names = unique(opts.names or reachable_names("mkNUTcert.py server NAME ..."))
     start, end = validity(opts)
     owner = key_rights(opts.owner)
     with CA(ossl, opts) as ca:
         path = opts.out or ca.path(names[0].text[:MAX_STEM] + ".server.pem")
-        replace = may_write([path], opts.y)
+        fresh = not may_write([path], opts.y)
         key = ossl.new_key(opts.key_type)
-        cert, end = ca.issue("server", subject_of(opts, names[0].text), names, key, start, end)
-        write_files([Output(path, key + cert + ca.cert, *owner)], replace)
+        cert, end, record = ca.issue("server", subject_of(opts, names[0].text), names, key, start,
+                                     end)
+        write_files(record + [Output(path, key + cert + ca.cert, *owner, fresh)])
     say_made(names, end, opts.key_type, {path: "key, certificate, CA: for the upsd box, secret"})
-    say_shims(names[0], path, ca.path("ca.pem"), pin_of(ossl.public(key)))
+    say_shims(names, path, ca.path("ca.pem"), pin_of(ossl.public(key)))
 
 
 def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
-    name, outputs, made = opts.name, [], {}
+    name, made = opts.name, {}
     start, end = validity(opts)
     owner = key_rights(opts.owner)
     with CA(ossl, opts) as ca:
         file_name = name.text[:MAX_STEM] + ".client.pem"
         path = opts.out or ("" if opts.bundle else ca.path(file_name))
-        replace = may_write(list(filter(None, (path, opts.bundle))), opts.y)
+        fresh = not may_write(list(filter(None, (path, opts.bundle))), opts.y)
         key = ossl.new_key(opts.key_type)
-        cert, end = ca.issue("client", subject_of(opts, name.text), [name], key, start, end)
+        cert, end, outputs = ca.issue("client", subject_of(opts, name.text), [name], key, start,
+                                      end)
         pem = key + cert + ca.cert
         if path:
-            outputs.append(Output(path, pem, *owner))
+            outputs.append(Output(path, pem, *owner, fresh))
             made[path] = "key, certificate, CA: for %s, secret" % name.text
         if opts.bundle:
-            outputs.append(Output(opts.bundle, bundle(file_name, pem, ca.cert, opts.upstream), 0o600))
+            outputs.append(Output(opts.bundle, bundle(file_name, pem, ca.cert, opts.upstream),
+                                  0o600, fresh=fresh))
             made[opts.bundle] = "the same with nutshim.conf: for %s, secret" % name.text
-        write_files(outputs, replace)
+        write_files(outputs)
     say_made([name], end, opts.key_type, made)
     print("\nOn the upsd box, in nutshim.conf, in the server shim's section:\n  client_certificate = require\n"
           "  trust = %s\n  crl = %s" % (ca.path("ca.pem"), ca.path("crl.pem")))
@@ -768,14 +1119,10 @@ trust = {there}/nutshim-ca.pem
 def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     with CA(ossl, opts) as ca:
         cert = ca.issued(opts.file).certs[0]
-        ossl.file("index.txt", ca.record("private/index.txt"))
-        # A run cut short may have left it in the index and not in the CRL; so once more is no error.
-        ossl("ca", "-batch", "-revoke", ossl.file("revoked.pem", cert), "-keyfile", "/dev/stdin", "-cert",
-             ossl.file("issuer.pem", ca.cert), stdin=ca.key, expect="Already revoked")
-        index = ossl.index()
-        number = int(ca.record("private/crlnumber")) + 1
-        ca.store({"crl.pem": ossl.crl(ca.key, ca.cert, index, number)},
-                 {"index.txt": index, "crlnumber": b"%d" % number})
+        serial = serial_of(cert)
+        # Once more is no error, and makes a new list.
+        line = ca.index.get(serial) or index_line(serial, end_of(cert), {})
+        ca.publish({**ca.index, serial: as_revoked(line)})
     print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\nNext, where it could be shown, in "
           "nutshim.conf:\n  crl = %s\n(on the upsd box for a client's certificate, on the clients' for a server's) "
           "and nutshim.py -c reload" % (opts.file, ca.path("crl.pem"), rights(ca.path("crl.pem")), ca.path("crl.pem")))
@@ -785,30 +1132,34 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     """The same names and purpose; the same key, or a new one."""
     with CA(ossl, opts) as ca:
         pem = ca.issued(opts.file)
-        old = ossl.describe(pem.certs[0])
+        old = describe(pem.certs[0])
         if ossl.verify(old.pem, ca.cert, "-crl_check", "-CRLfile", ossl.file("crl.pem", ca.record("crl.pem"))):
             raise Fault("%s: is revoked; make another one: mkNUTcert.py server or client" % opts.file)
         if not opts.new_key and (not pem.keys or pin_of(ossl.public(pem.keys[0])) != old.pin):
             raise Fault("%s: the certificate's key is not in it; --new-key makes one" % opts.file)
+        if not pem.keys and not opts.out:
+            raise Fault("%s: has no key in it and is no place for one; name the file to write: "
+                        "-o FILE" % opts.file)
         # Without --owner the file stays whose it was.
         info = os.stat(opts.file)
         owner = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid)
         if opts.owner or not pem.keys:
             owner = key_rights(opts.owner)
         path = opts.out or os.path.abspath(opts.file)
-        replace = may_write([path], opts.y)
+        fresh = not may_write([path], opts.y)
         start, end = validity(opts, None if old.end == NO_END else old.end - old.start)
-        kind = opts.key_type or {"EC": "ec", "Ed25519": "ed25519"}.get(old.key.split()[0]) \
-            or key_type(old.key.lower().replace(" ", ":"))
-        key = ossl.new_key(kind) if opts.new_key else pem.keys[0]
         try:
+            kind = opts.key_type or {"EC": "ec", "Ed25519": "ed25519"}.get(old.key.split()[0]) \
+                or key_type(old.key.lower().replace(" ", ":"))
             names = [host_name(name.partition(":")[2]) for name in old.names or [""]]
-            subject = ossl.subject(old.pem)
+            subject = subject_fields(old.pem)
         except argparse.ArgumentTypeError as error:
-            raise Fault("%s: its names cannot be used again: %s" % (opts.file, error))
+            raise Fault("%s: its names or its key's type cannot be used again: %s"
+                        % (opts.file, error))
+        key = ossl.new_key(kind) if opts.new_key else pem.keys[0]
         role = "client" if ossl.verify(old.pem, ca.cert, "-purpose", "sslserver") else "server"
-        cert, end = ca.issue(role, subject, names, key, start, end)
-        write_files([Output(path, key + cert + ca.cert, *owner)], replace)
+        cert, end, record = ca.issue(role, subject, names, key, start, end)
+        write_files(record + [Output(path, key + cert + ca.cert, *owner, fresh)])
     pin = pin_of(ossl.public(key))
     say_made(names, end, kind, {path: "key, certificate, CA: secret"})
     if not opts.new_key:
@@ -824,11 +1175,18 @@ def say_made(names: List[Name], end: datetime.datetime, kind: str, made: Dict[st
                            "without an end" if end == NO_END else "valid until %s UTC" % end))
     for path, what in made.items():
         print("  %s  %s  %s" % (path, rights(path), what))
+        if re.search("[,:] secret$", what) and os.stat(path).st_mode & 0o004:
+            print("Careful: everybody on this box can read the key in it.")
     if kind == "ed25519":
         print("Note: nutshim takes Ed25519; NUT's own TLS does not where it is built with NSS, as Debian's is.")
 
 
-def say_shims(name: Name, server: str, trust: str, pin: str) -> None:
+def say(text: str) -> None:
+    print("mkNUTcert.py: " + text, file=sys.stderr)
+
+
+def say_shims(names: List[Name], server: str, trust: str, pin: str) -> None:
+    name = next((name for name in names if not is_loopback(name)), names[0])
     print("""
 On the upsd box, in nutshim.conf:
   [upsd]
@@ -865,32 +1223,32 @@ def show(ossl: OpenSSL, opts: argparse.Namespace) -> int:
 
 def show_file(ossl: OpenSSL, pem: Pem) -> None:
     print("%s: %s" % (pem.path, rights(pem.path)))
-    certs = [ossl.describe(cert) for cert in pem.certs]
+    certs = describe_all(pem)
     for key in pem.keys:
         public = ossl.public(key)
         pin = pin_of(public)
         of = ["of certificate %d" % i for i, cert in enumerate(certs, 1) if cert.pin == pin]
         print("  private key, %s, %s\n    pin:     %s" % (
-            ossl.key_name(public), of[0] if of else "of no certificate in this file", pin))
+            key_name(public), of[0] if of else "of no certificate in this file", pin))
     for i, cert in enumerate(certs, 1):
         print("  certificate %d, %s\n    subject: %s\n    names:   %s\n    issuer:  %s\n    from:    %s UTC\n"
               "    until:   %s\n    key:     %s\n    pin:     %s" % (
                   i, "of a CA" if cert.is_ca else "for " + (cert.uses or "any use"), cert.subject,
                   ", ".join(cert.names) or "none", "itself" if cert.issuer == cert.subject else cert.issuer,
-                  cert.start, until(cert), cert.key, cert.pin))
+                  cert.start, until(cert.end), cert.key, cert.pin))
     for crl in pem.crls:
-        lines = ossl("crl", "-noout", "-issuer", "-lastupdate", "-nextupdate", "-nameopt",
-                     DN_OPTIONS + "sep_comma_plus_space", stdin=crl).splitlines()
-        print("  certificate revocation list\n    " + "\n    ".join(lines[:3]))
+        found = read_list(crl)
+        print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n    until:   %s" % (
+            found.issuer, moment(found.this_update), until(moment(found.next_update))))
 
 
-def until(cert: Certificate) -> str:
-    left = cert.end - now()
-    if cert.end == NO_END:
-        return "no end"
+def until(end: datetime.datetime) -> str:
+    left = end - now()
+    if end.year == NO_END.year:
+        return "never expires"
     if left.total_seconds() < 0:
-        return "%s UTC, EXPIRED %d days ago" % (cert.end, -left.days - 1)
-    return "%s UTC, %d days left" % (cert.end, left.days)
+        return "%s UTC, EXPIRED %d days ago" % (end, -left.days - 1)
+    return "%s UTC, %d days left" % (end, left.days)
 
 
 # --- check: every fault with its cure ---
@@ -898,6 +1256,7 @@ def until(cert: Certificate) -> str:
 Faults = Iterator[Tuple[str, str]]  # what is wrong, what to do
 
 NEEDS_CA = "name the file of the CA that issued it: --trust FILE"
+NO_CA = (2, 20, 21)
 CURES = {  # by OpenSSL's X509_V_ERR_ numbers
     2: NEEDS_CA, 19: NEEDS_CA, 20: NEEDS_CA, 21: NEEDS_CA,
     18: "make one with a CA: mkNUTcert.py; or name it itself: --trust FILE",
@@ -952,16 +1311,17 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
     for path in paths:
         try:
             pem = read_pem(path)
-            files.append((pem, [ossl.describe(cert) for cert in pem.certs]))
+            files.append((pem, describe_all(pem)))
         except Fault as fault:
             what, _, cure = str(fault).partition("; ")
             found.append((path, what.replace(path + ": ", ""), cure or "name the right file, or make it again"))
-    known = [cert for _, certs in files for cert in certs]
-    known += [ossl.describe(cert) for path in opts.trust for cert in read_pem(path).certs]
+    own = [cert for _, certs in files for cert in certs]
+    known = list(own)
+    known += [cert for path in opts.trust for cert in describe_all(read_pem(path))]
     crls = [crl for pem, _ in files for crl in pem.crls]
     with contextlib.suppress(Fault):
         folder = opts.d or os.path.join(conf_folder(), "nutshim")
-        known += map(ossl.describe, read_pem(os.path.join(folder, "ca.pem")).certs)
+        known += describe_all(read_pem(os.path.join(folder, "ca.pem")))
         crls += read_pem(os.path.join(folder, "crl.pem")).crls
     trust = b"".join(cert.pem for cert in known if cert.is_ca or cert.issuer == cert.subject)
     for pem, certs in files:
@@ -986,11 +1346,31 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
                            for text in ossl.verify(cert.pem, cert.pem, "-x509_strict").values()]
         found += [(pem.path,) + fault for fault in faults]
         if not faults:
-            print("%s: good%s" % (pem.path, "".join(", but " + until(cert) for cert in certs
+            print("%s: good%s" % (pem.path, "".join(", but " + until(cert.end) for cert in certs
                                                     if (cert.end - now()).days < WARN_DAYS)))
     for path, what, cure in found:
         print("%s: %s\n    cure: %s" % (path, what, cure))
+    for text in not_checked(own, known, crls):
+        print("not checked: " + text)
     return len(found)
+
+
+def not_checked(certs: List[Certificate], known: List[Certificate], crls: List[bytes]) -> List[str]:
+    """What could not be found out of certificates, for want of a CA or its CRL at hand."""
+    subjects, listed, notes = {cert.subject for cert in known}, set(), []
+    for crl in crls:
+        with contextlib.suppress(Fault):
+            listed.add(read_list(crl).issuer)
+    for cert in certs:
+        if cert.issuer == cert.subject:
+            continue
+        if cert.issuer not in subjects and cert.is_ca:
+            notes.append("who issued %s: its CA %s is not at hand; %s" % (
+                cert.subject, cert.issuer, NEEDS_CA))
+        if cert.issuer not in listed:
+            notes.append("whether %s is revoked: no CRL of %s is at hand; name its file too" % (
+                cert.subject, cert.issuer))
+    return list(dict.fromkeys(notes))
 
 
 def check_rights(pem: Pem, of_ca: bool) -> Faults:
@@ -1013,7 +1393,9 @@ def check_rights(pem: Pem, of_ca: bool) -> Faults:
 
 def check_dates(path: str, cert: Certificate) -> Faults:
     if cert.end < now():
-        yield "%s: expired on %s UTC" % (cert.subject, cert.end), "mkNUTcert.py renew %s, or make it again" % path
+        yield ("%s: expired on %s UTC" % (cert.subject, cert.end),
+               "make another CA, in another folder, and from it new certificates: mkNUTcert.py ca -d DIR"
+               if cert.is_ca else "mkNUTcert.py renew %s, or make it again" % path)
     if cert.start > now():
         yield "%s: not valid before %s UTC" % (cert.subject, cert.start), "set this box's clock, or wait"
 
@@ -1026,6 +1408,9 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
               for use in ("server", "client")}
     if role in errors and errors[role] or all(errors.values()):
         for number, text in errors.get(role, errors["server"]).items():
+            if number in NO_CA:
+                text = ("who issued it could not be checked: its CA %s is not at hand"
+                        % certs[-1].issuer)
             yield ("%s: %s" % (own.subject, text),
                    CURES.get(number, "make a certificate that keeps to RFC 5280: mkNUTcert.py"))
     if crls and 23 in ossl.verify(own.pem, trust, "-crl_check", "-CRLfile", ossl.file("crls.pem", crls), chain=chain):
@@ -1038,11 +1423,21 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
 
 
 def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
-    code, out, err = ossl.run("crl", "-noout", "-nextupdate", "-CAfile", ossl.file("trust.pem", trust), stdin=crl)
+    try:
+        found = read_list(crl)
+        start, end = moment(found.this_update), moment(found.next_update)
+    except Fault as fault:
+        what, _, cure = str(fault).partition("; ")
+        yield what, cure
+        return
+    code, _, err = ossl.run("crl", "-noout", "-CAfile", ossl.file("trust.pem", trust), stdin=crl)
     if code != 0 or "verify OK" not in err:
         yield "this CRL is not from a CA that is known here", NEEDS_CA
-    elif "NONE" not in out and moment(out, "nextUpdate=") < now():
+    elif end < now():
         yield "this CRL is out of date, which shuts out everybody", "get a new one from its CA"
+    elif start > now():
+        yield ("this CRL is not valid before %s UTC, and until then shuts out everybody" % start,
+               "set the clock of this box, or that of the CA's, and get a new one from its CA")
 
 
 # --- the command line ---
@@ -1067,7 +1462,7 @@ COMMANDS = {
     "ca": (make_ca, "make a CA that stays, in a folder of its own"),
     "server": (make_server, "make a certificate from it for a upsd box"),
     "client": (make_client, "make a certificate from it for a client, for mutual TLS"),
-    "renew": (renew, "make a certificate anew: the same names, a new date"),
+    "renew": (renew, "make a certificate again: the same names, a new date"),
     "revoke": (revoke, "put a certificate on the CA's revocation list"),
     "show": (show, "say what is in PEM files"),
     "check": (check, "say what is wrong with PEM files, and how to cure it"),
@@ -1125,9 +1520,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
             help="organisation (default: Network UPS Tools)")
         add("-OU", "--organisationUnitName", metavar="TEXT", type=dn_text, default="", help="its unit (default: none)")
     if command == "":
-        add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list, help="host names and addresses, set "
-            "apart by blanks (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
-        add("--serialNumber", metavar="INT", type=whole(1, 2 ** 159 - 1), help="(default: by chance)")
+        add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list, help="host names and addresses, "
+            "separated by blanks (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
+        add("--serialNumber", metavar="INT", type=whole(1, 2 ** 159 - 1), help="(default: random)")
         add("-s", "--servercertfile", metavar="FILE", help="the server's file (default: HOSTNAME.cert.pem)")
         add("-c", "--clientcertfile", metavar="FILE", help="the clients' file (default: HOSTNAME-client.cert.pem)")
     return parser
@@ -1139,6 +1534,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path need not fit the terminal
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     parser = parser_for(command)
     try:
         opts = parser.parse_intermixed_args(argv[1:] if command else argv)
@@ -1158,9 +1556,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         with OpenSSL() as ossl:
             return (COMMANDS[command][0] if command else make_pair)(ossl, opts) or 0
     except (Fault, OSError) as fault:
-        print("mkNUTcert.py: %s" % fault, file=sys.stderr)
+        say(str(fault))
     except KeyboardInterrupt:
-        print("mkNUTcert.py: stopped", file=sys.stderr)
+        say("stopped")
     return 1
 
 

@@ -101,13 +101,13 @@ if __name__ == "__main__" and FROM_SOURCE:
 # Imports stay behind it, and few; what only a check or a probe needs is imported there.
 import binascii                     # noqa: E402
 import collections                  # noqa: E402
-import datetime                     # noqa: E402
 import enum                         # noqa: E402
 import errno                        # noqa: E402
 import fcntl                        # noqa: E402
 import functools                    # noqa: E402
 import gc                           # noqa: E402
 import hashlib                      # noqa: E402
+import itertools                    # noqa: E402
 import mmap                         # noqa: E402
 import pwd                          # noqa: E402
 import queue                        # noqa: E402
@@ -137,7 +137,6 @@ RECORD = 512              # bytes of commands in a TLS record: upsd's own TLS fo
 MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512 characters, each escaped (NUT parseconf.h)
 MAX_COMMAND_LINES = 32    # newlines in a command's quotes; NUT's own clients send none
 MAX_WORDS = 32            # words of a command that are looked at; upsd drops what is beyond
-MAX_CLAIMS = 64           # USERNAME, LOGIN and ATTACH unanswered that the log follows
 MAX_QUESTION = 256        # bytes of a command that may go over a shared session
 MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
@@ -154,14 +153,17 @@ ACCEPT_BATCH = 16         # of them taken in one round, before established sessi
 STAGGER = 0.5             # seconds without a step further before the next address is tried (RFC 8305)
 PATIENCE = 1              # seconds of silence of a shared session, or 4 round trips if those are more
 MAX_PATIENCE = 60         # seconds: silence after silence is borne longer each time, up to this
-MAX_ASKED = 3             # times a question is asked over sessions that are lost
+MAX_ASKED = 2             # times a question is asked over shared sessions that are lost
 UNSHARED = 3600           # seconds that an upstream which gave an odd reply is not shared
 RESOLVE_TTL = 60          # seconds a name's addresses are used without asking again
 FAILED_TTL = 30           # seconds an address that failed is tried after all others
 TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each read
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
-NO_EXPIRY = 253402300799  # seconds since 1970: 99991231235959Z, no end (RFC 5280 4.1.2.5)
+MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: no deep recursion
+MAX_PEM = 64 << 20        # bytes a PEM file: revocation lists have some MB; a device has no end
+BUNDLE = 8                # certificates in trust that are told of one by one; more are a bundle
+NO_EXPIRY = 253370764800  # seconds since 1970: the year 9999, no known end (RFC 5280 4.1.2.5)
 SPARE_MEMORY = 2 << 20    # bytes free that a new TLS session needs; Python takes 1 MiB at once
 SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dials
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
@@ -212,7 +214,8 @@ def _address(local):
             raise ValueError(f"{_ASCII}, not '{text}'")
         has_port = re.match(r"(\[.*\]|[^:]*):[0-9]{1,5}$", text)
         host, _, port = text.rpartition(":") if has_port else (text, "", "")
-        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*\.?$", host, re.I)
+        host = host[:-1] if host.endswith(".") else host
+        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*$", host, re.I)
         if ":" in host:
             host = host[1:-1] if host[0] + host[-1] == "[]" else host
             good = numeric_family(host) == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
@@ -221,7 +224,7 @@ def _address(local):
         elif numbers and not numeric_family(host):      # inet_aton() takes 401 for 0.0.1.145.
             raise ValueError(f"'{host}' is no IPv4 address: expected four numbers from 0 to 255")
         else:
-            good = re.match(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?$", host) or host == local
+            good = re.match(r"([\w-]{1,63}\.)*[\w-]{1,63}$", host) or host == local
         lowest = 0 if local == "*" else 1
         if not good or not lowest <= int(port or 401) <= 65535:
             raise ValueError("expected HOST[:PORT], an IPv6 address in brackets, "
@@ -237,6 +240,16 @@ def _unmapped(host):
         if packed[:12] == bytes(10) + b"\xff\xff":
             return socket.inet_ntop(socket.AF_INET, packed[12:])
     return host
+
+
+def _server_name(text, _base):
+    """A host name or address, as certificates have it: without the root's dot at its end."""
+    name = text[:-1] if text.endswith(".") else text
+    host = re.match(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*\Z", name, re.ASCII)
+    if not host and (not numeric_family(name) or "%" in name):
+        raise ValueError("expected one host name or address, in ASCII (an international name in "
+                         f"its xn-- form), without port or brackets, not '{text}'")
+    return name
 
 
 def _pin(text, _base):
@@ -313,7 +326,7 @@ OPTIONS = [Option(*row) for row in (
      "PEM file or folder of CA or self-signed certificates, or system"),
     ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"),
      "full (chain and name), chain, pin (the key alone) or none"),
-    ("server_name", CLIENT, None, _text,
+    ("server_name", CLIENT, None, _server_name,
      "what the certificate must carry; default: upstream's host"),
     ("pin", SHIM, None, [_pin], "sha256//BASE64 list of public keys; the peer has one of them"),
     ("crl", SHIM, None, [_path()], "PEM revocation list(s)"),
@@ -397,9 +410,11 @@ class Conf(types.SimpleNamespace):
         section = f"[{self.name}] " if self.name else ""
         return f"{self.path}:{self.lines.get(option, self.line)}: {section}{option}: "
 
-    def files(self):
-        """What a reload has to read."""
+    def files(self) -> list:
+        """What a reload has to read: the shim's files, and trust's folder with its files."""
         paths = [self.certificate, self.key, self.trust] + (self.crl or [])
+        if self.trust and os.path.isdir(self.trust):
+            paths += [os.path.join(self.trust, name) for name in sorted(os.listdir(self.trust))]
         return [path for path in paths if path and path != "system"]
 
     def error(self, option, what, error):
@@ -611,10 +626,9 @@ def check_config(path: str, user=None, chroot=None) -> tuple:
 
 # --- Protocol core: bytes in, bytes and facts out ------------------------------------------------
 
-STATELESS = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP"))
 IDENTIFYING = frozenset((b"USERNAME", b"LOGIN", b"ATTACH"))
-_READ = STATELESS | {b"LOGOUT", b"DETACH"}
-_MONITOR = _READ | {b"USERNAME", b"PASSWORD", b"LOGIN", b"ATTACH"}
+_READ = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP", b"LOGOUT", b"DETACH"))
+_MONITOR = _READ | IDENTIFYING | {b"PASSWORD"}
 _PRIMARY = _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}
 KNOWN_VERBS = _PRIMARY | {b"STARTTLS", b"SET", b"INSTCMD"}
 CLASSES = {"read": _READ, "monitor": _MONITOR, "primary": _PRIMARY, "admin": None}
@@ -634,14 +648,19 @@ _token = re.compile(rb"""
     | (?P<equals> = )
     | (?P<end> (?: \#[^\n]* )? \n )
     | [ \t\v\f\r]+ """, re.VERBOSE | re.DOTALL).match
+_words_beyond = re.compile(rb"""(?:
+    "(?: [^"\\] | \\. )*"
+    | (?: [^\s"\#=\\] | \\. ) (?: [^\s\#=\\] | \\. )* (?= [\s\#=] )
+    | [= \t\v\f\r]+ )*""", re.VERBOSE | re.DOTALL).match
+_read_alike = re.compile(rb"(?: [^\\\#\n] | \\[^\n] )*", re.VERBOSE).fullmatch
 _unescape = functools.partial(re.compile(rb"\\(.)", re.DOTALL).sub, rb"\1")
-_without_escapes = functools.partial(re.compile(rb"\\.", re.DOTALL).sub, b"")
 _DROPPED = bytes(range(0x20)) + bytes(range(0x80, 0x100))
 
 # Whole stateless commands with nothing odd in them: what nearly all traffic is.
 _stateless_lines = re.compile(
-    rb"(?:(?:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+",
-    re.I).fullmatch
+    rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
+    ).fullmatch
+_known_lines = functools.lru_cache(256)(_stateless_lines)       # Clients repeat themselves.
 
 
 class Commands:
@@ -650,11 +669,14 @@ class Commands:
     feed() returns (raw, words, odd) of each whole command.  odd marks what versions of upsd read
     in different ways: # or a newline in quotes, an escaped newline.
     """
-    __slots__ = ("limit", "pending")
+    __slots__ = ("limit", "pending", "_at", "_words", "_odd")
 
     def __init__(self, limit: int = MAX_COMMAND):
         self.limit = limit
-        self.pending = b""         # The bytes of a command that is not whole yet.
+        self.pending = b""      # The bytes of a command that is not whole yet,
+        self._at = 0            # how many of them are cut into words already,
+        self._words: list = []  # and what these are.
+        self._odd = False
 
     def _check(self, raw):
         if len(raw) > self.limit:
@@ -667,29 +689,36 @@ class Commands:
         if not whole:                   # A slow writer's bytes are not looked at again and again.
             self.pending = self._check(data)
             return []
-        if not _odd(data):
+        if not self._at and not _odd(data):
             lines = data.split(b"\n")
             self.pending = self._check(lines.pop())
             return [(self._check(line + b"\n"), line.split(None, MAX_WORDS)[:MAX_WORDS], False)
                     for line in lines]
-        commands, words, odd, start = [], [], False, 0
-        token = _token(data)
+        commands, start, at = [], 0, self._at
+        token = _token(data, at)
         while token:
-            kind, end = token.lastgroup, token.end()
+            kind, at = token.lastgroup, token.end()
             if kind == "end":
-                commands.append((self._check(data[start:end]), words, odd))
-                words, odd, start = [], False, end
+                commands.append((self._check(data[start:at]), self._words, self._odd))
+                self._words, self._odd, start = [], False, at
             elif kind:
                 text = token[kind]
-                odd = odd or b"\n" in text or b"#" in _without_escapes(text)
-                if len(words) < MAX_WORDS:
-                    words.append(_unescape(text).translate(None, _DROPPED))
-            token = _token(data, end)
-        self.pending = self._check(data[start:])
+                self._words.append(_unescape(text).translate(None, _DROPPED))
+                if len(self._words) >= MAX_WORDS:       # upsd drops what is beyond.
+                    beyond = _words_beyond(data, at)
+                    text, at = text + beyond[0], beyond.end()
+                    del self._words[MAX_WORDS:]
+                self._odd = self._odd or not _read_alike(text)
+            token = _token(data, at)
+        self.pending, self._at = self._check(data[start:]), at - start
         if self.pending.count(b"\n") > MAX_COMMAND_LINES:
             raise ProtocolError(Reason.BAD_LINE,
                                 f"a command of more than {MAX_COMMAND_LINES} lines")
         return commands
+
+
+# The lines of a list that upsd has not cut.
+_items = re.compile(rb"(?:(?!END LIST)[^\n]{0,%d}\n)*" % (MAX_REPLY_LINE - 1)).match
 
 
 class Replies:
@@ -709,6 +738,8 @@ class Replies:
         """(where it ends in data, the start of its last line) of each reply that ends there."""
         replies, start, size = [], 0, len(data)
         while start < size:
+            if self._list and not self._length:
+                start = _items(data, start).end()
             most = start + MAX_REPLY_LINE - self._length
             end = data.find(b"\n", start, most) + 1
             head = (self._head + data[start:min(end or size, start + 10)])[:10]
@@ -732,14 +763,15 @@ class Conversation:
     starttls: the reply to STARTTLS; allowed: the verbs of the access class, None for all; trace:
     note every command in seen.
     """
-    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "_local", "_claims",
+    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "due",
                  "counted", "sent", "got", "seen", "facts", "refused")
 
     def __init__(self, starttls: bytes, allowed: Optional[frozenset] = None, trace: bool = False):
         self._starttls, self._allowed, self._trace = starttls, allowed, trace
         self._commands, self._replies = Commands(), Replies()
-        self._local: Deque = ()     # (commands sent before it, reply): a deque once one waits.
-        self._claims: Deque = ()    # (commands sent with it, verb, name), likewise.
+        # What waits for upsd's reply of that number: (number, None, own reply behind it), or
+        # (number, verb, name) of an identity to be confirmed by it.
+        self.due: list = []     # What waits for replies to come; whoever reads the client bounds it.
         self.counted = True     # False once the number of upsd's replies cannot be known.
         self.sent = 0           # Commands passed to upsd.
         self.got = 0            # Replies that have ended.
@@ -752,14 +784,10 @@ class Conversation:
         """Replies may still come."""
         return self.sent > self.got or not self.counted
 
-    @property
-    def waiting(self) -> int:
-        """Own replies that wait for their turn."""
-        return len(self._local)
-
     def from_client(self, data: bytes) -> tuple:
         """Bytes from the client -> (bytes for upsd, bytes for the client now)."""
-        if not self._commands.pending and not self._trace and _stateless_lines(data):
+        if not self._commands.pending and not self._trace and (
+                _known_lines(data) if len(data) < 128 else _stateless_lines(data)):
             self.sent += data.count(b"\n")
             return data, b""
         up: list = []
@@ -777,46 +805,37 @@ class Conversation:
                 self.counted = self.counted and not odd
                 self.sent += 1
                 up.append(raw)
-                if verb in IDENTIFYING and len(words) == 2:
-                    self._claims = self._claims or collections.deque()
-                    if len(self._claims) < MAX_CLAIMS:
-                        self._claims.append((self.sent, verb, words[1]))
+                if self.counted and verb in IDENTIFYING and len(words) == 2:
+                    self.due.append((self.sent, verb, words[1]))
         return b"".join(up), b"".join(back)
 
     def _answer(self, reply, back):
         if self.counted and self.sent > self.got:
-            self._local = self._local or collections.deque()
-            self._local.append((self.sent, reply))
+            self.due.append((self.sent, None, reply))
         else:
             back.append(reply)
 
     def from_upstream(self, data: bytes) -> bytes:
         """Bytes from upsd -> bytes for the client."""
-        replies = self._replies
-        if (replies.whole and not self._local and not self._claims
-                and len(data) <= MAX_REPLY_LINE and data.endswith(b"\n")
-                and b"BEGIN LIST" not in data):
+        if (self._replies.whole and not self.due and len(data) <= MAX_REPLY_LINE
+                and data.endswith(b"\n") and b"BEGIN LIST" not in data):
             self.got += data.count(b"\n")
-            self._hold_against()
+            self.counted = self.counted and self.got <= self.sent
             return data
         parts, start = [], 0
-        for end, head in replies.feed(data):
+        for end, head in self._replies.feed(data):
             self.got += 1
-            while self._claims and self._claims[0][0] <= self.got:
-                number, verb, name = self._claims.popleft()
-                if self.counted and number == self.got and head.split() == [b"OK"]:
-                    self.facts.append((verb, name))
-            self._hold_against()
-            while self._local and (self._local[0][0] <= self.got or not self.counted):
-                parts += (data[start:end], self._local.popleft()[1])
-                start = end
+            # More replies than commands: this upstream answers one command in two lines, or so.
+            self.counted = self.counted and self.got <= self.sent
+            while self.due and self.due[0][0] == self.got:
+                _, verb, text = self.due.pop(0)
+                if verb is None:
+                    parts += (data[start:end], text)
+                    start = end
+                elif head.split() == [b"OK"]:
+                    self.facts.append((verb, text))
         parts.append(data[start:])
         return b"".join(parts)
-
-    def _hold_against(self):
-        """More replies than commands: this upstream answers one command in two lines, or so."""
-        if self.got > self.sent:
-            self.counted = False
 
 
 class Greeting:
@@ -833,25 +852,25 @@ class Greeting:
         if self._first and data[:1] == b"\x16":
             raise ProtocolError(Reason.TLS_FIRST)
         self._first = False
-        if b"\0" in data:
-            raise ProtocolError(Reason.BAD_LINE, "a NUL byte")
-        data_all = self._commands.pending + data
-        reply, consumed = b"", 0
-        for raw, words, _odd_line in self._commands.feed(data):
-            consumed += len(raw)
-            verb = words[0].upper() if words else b""
-            if verb == b"STARTTLS":
-                if consumed < len(data_all):
-                    raise ProtocolError(Reason.INJECTION)
-                return reply + OK_STARTTLS, "tls", b""
-            if plaintext:
-                return reply, "plain", data_all
-            if verb in (b"LOGOUT", b"DETACH"):
-                return reply + OK_GOODBYE, "goodbye", b""
-            reply += TLS_NOT_ENABLED
-            self.refused += 1
-            if self.refused >= MAX_GREETING_LINES:
-                return reply, "refused", b""
+        held, reply, at = self._commands.pending + data, b"", 0
+        for piece in data.splitlines(True):         # What is behind STARTTLS is never parsed.
+            at += len(piece)
+            if b"\0" in piece:
+                raise ProtocolError(Reason.BAD_LINE, "a NUL byte")
+            for _, words, _ in self._commands.feed(piece):
+                verb = words[0].upper() if words else b""
+                if verb == b"STARTTLS":
+                    if at < len(data):
+                        raise ProtocolError(Reason.INJECTION)
+                    return reply + OK_STARTTLS, "tls", b""
+                if plaintext:
+                    return reply, "plain", held
+                if verb in (b"LOGOUT", b"DETACH"):
+                    return reply + OK_GOODBYE, "goodbye", b""
+                reply += TLS_NOT_ENABLED
+                self.refused += 1
+                if self.refused >= MAX_GREETING_LINES:
+                    return reply, "refused", b""
         return reply, None, b""
 
 
@@ -871,15 +890,29 @@ def starttls_reply(data: bytes) -> bool:
 
 # The shared upstream session: many clients' questions, and each reply to the one who asked.
 
-Question = collections.namedtuple("Question", "raw head item tail alone")
+Question = collections.namedtuple("Question", "raw head rest item tail")
 Question.__doc__ = """A command whose reply can be told from every other's.
 
-raw: its bytes; head: how the reply begins; item and tail: how a list's lines begin, and its last
-line; alone: its reply is any one line, so nothing else may be asked before that has come.
+raw: its bytes; head: how the reply begins, in small letters; empty: the reply is any one line, so
+nothing else may be asked before that has come; rest: matches what is behind the head, to the end;
+item, tail: how a list's lines begin, its last line.
 """
 _question_line = re.compile(rb"[!$-<>-\[\]-~]+(?: +[!$-<>-\[\]-~]+)*\r?\n").fullmatch
-_FORMS = {b"GET": {b"VAR": 2, b"TYPE": 2, b"DESC": 2, b"CMDDESC": 2, b"UPSDESC": 1, b"NUMLOGINS": 1},
-          b"LIST": {b"UPS": 0, b"VAR": 1, b"RW": 1, b"CMD": 1, b"CLIENT": 1, b"ENUM": 2, b"RANGE": 2}}
+# The forms of questions, and how many words each has.
+_FORMS = {
+    b"GET VAR": 4, b"GET TYPE": 4, b"GET DESC": 4, b"GET CMDDESC": 4, b"GET UPSDESC": 3,
+    b"GET NUMLOGINS": 3, b"LIST UPS": 2, b"LIST VAR": 3, b"LIST RW": 3, b"LIST CMD": 3,
+    b"LIST CLIENT": 3, b"LIST ENUM": 4, b"LIST RANGE": 4,
+    b"VER": 1, b"NETVER": 1, b"PROTVER": 1, b"HELP": 1}
+# How a reply begins that names its question, and so is none to VER.
+_NAMING = {b"BEGIN", b"END"}.union(form.split()[1] for form in _FORMS if b" " in form)
+
+
+# The whole of a reply is looked at: without its newline the next one would be taken as its end.
+_quoted_text = re.compile(rb'"(?:[^"\\\n]|\\.)*"\n').fullmatch
+_RESTS = {b"NUMLOGINS": re.compile(rb"\d+\n").fullmatch,
+          b"TYPE": re.compile(rb"(?: ?(?:RW|ENUM|RANGE|NUMBER|UNKNOWN|STRING:\d+))+\n").fullmatch}
+_error = re.compile(rb"ERR [A-Z0-9-]+\n").fullmatch
 
 
 @functools.lru_cache(256)
@@ -888,18 +921,15 @@ def question(raw: bytes) -> Optional[Question]:
     if len(raw) > MAX_QUESTION or not _question_line(raw):
         return None
     words = raw.split()
-    verb = words[0].upper()
-    if verb not in STATELESS:
+    form = b" ".join(words[:2]).upper()
+    if _FORMS.get(form) != len(words):
         return None
-    if verb not in _FORMS:
-        return Question(raw, b"", b"", b"", True) if len(words) == 1 else None
-    what = words[1].upper() if len(words) > 1 else b""
-    if _FORMS[verb].get(what) != len(words) - 2:
-        return None
+    verb, _, what = form.partition(b" ")
     item = b" ".join([what] + words[2:])            # upsd repeats the names as they were typed.
-    if verb == b"GET":
-        return Question(raw, item + b" ", b"", b"", False)
-    return Question(raw, b"BEGIN LIST " + item + b"\n", item + b" ", b"END LIST " + item + b"\n", False)
+    if verb == b"LIST":
+        return Question(raw, b"begin list " + item.lower() + b"\n", None, item + b" ",
+                        b"END LIST " + item + b"\n")
+    return Question(raw, what and item.lower() + b" ", _RESTS.get(what, _quoted_text), b"", b"")
 
 
 class Questions:
@@ -907,16 +937,16 @@ class Questions:
 
     Askers are opaque.  An asker that has left is None: its reply is dropped.
     """
-    __slots__ = ("waiting", "sent", "fault", "_data", "_seen", "_in_list", "begun")
+    __slots__ = ("waiting", "sent", "fault", "begun", "_data", "_held", "_in_list")
 
     def __init__(self, waiting=()):
         self.waiting: Deque = collections.deque(waiting)    # (asker, Question), not sent yet
         self.sent: Deque = collections.deque()              # The same, sent and not answered.
         self.fault = ""         # Why this session is not to be trusted any more.
-        self._data = b""        # The bytes of a reply that is not whole yet.
-        self._seen = 0          # How many of them have been held against the question.
-        self._in_list = False
-        self.begun = False      # Some of that reply has been handed out already.
+        self.begun = False      # The first reply due has been handed out in part.
+        self._data = b""        # Its other bytes,
+        self._held = 0          # how many of them, whole lines, are held against the question,
+        self._in_list = False   # and whether these are a list's.
 
     def ask(self, asker, asked: Question):
         self.waiting.append((asker, asked))
@@ -925,8 +955,7 @@ class Questions:
         """The commands that may be sent now."""
         commands = []
         while self.waiting:
-            alone = self.waiting[0][1].alone or bool(self.sent) and self.sent[-1][1].alone
-            if alone and self.sent:
+            if self.sent and not (self.waiting[0][1].head and self.sent[-1][1].head):
                 break
             self.sent.append(self.waiting.popleft())
             commands.append(self.sent[-1][1].raw)
@@ -934,62 +963,51 @@ class Questions:
 
     def feed(self, data: bytes) -> list:
         """(asker, bytes, whole) for each reply, or part of a long one; may set fault."""
-        answers, at = [], 0
-        self._data += data
-        while at < len(self._data) and not self.fault:
+        answers, data, start, at = [], self._data + data, 0, self._held
+        while at < len(data) and not self.fault:
             if not self.sent:
-                self._blame("a line that nobody asked for", at)
-                break
+                return self._blame(answers, "a line that nobody asked for", data[at:])
             asker, asked = self.sent[0]
-            end = self._reply_end(asked, at)
-            if not end or self.fault:
-                break
-            if asked.alone and end < len(self._data):
-                self._blame("more than one line in reply to", at)
-                break
-            self.sent.popleft()
-            if asker is not None:
-                answers.append((asker, self._data[at:end], True))
-            at, self.begun = end, False
-        if at:
-            self._data, self._seen = self._data[at:], max(0, self._seen - at)
-        if self._seen > HIGH_WATER and not self.fault:                 # Too long to be held until it is whole.
-            if self.sent[0][0] is not None:
-                answers.append((self.sent[0][0], self._data[:self._seen], False))
-            self._data, self._seen, self.begun = self._data[self._seen:], 0, True
-        return answers
-
-    def _reply_end(self, asked, at):
-        """Where the reply that begins there ends; 0 when it is not whole."""
-        data, at = self._data, max(at, self._seen)
-        while True:
             end = data.find(b"\n", at, at + MAX_REPLY_LINE) + 1
             if not end:
-                if len(data) - at >= MAX_REPLY_LINE:
-                    self._blame("a line that was cut at 512 bytes in reply to", at)
-                self._seen = at
-                return 0
+                if len(data) - at < MAX_REPLY_LINE:
+                    break
+                return self._blame(answers, "a line cut at 512 bytes in reply to", data[at:])
             if self._in_list:
-                if data.startswith(asked.tail, at):
-                    self._in_list = False
-                    return end
-                if not data.startswith(asked.item, at):
-                    self._blame("an item of another list in reply to", at)
-                    return 0
-            elif data.startswith(b"ERR ", at):
-                return end
-            elif not _starts(data, at, asked.head):
-                self._blame("another answer in reply to", at)
-                return 0
-            elif not asked.tail:
-                return end
-            else:
-                self._in_list = True
-            at = end
+                if data.startswith(asked.item, at):
+                    at = end
+                    continue
+                if not data.startswith(asked.tail, at):
+                    return self._blame(answers, "an item of another list in reply to", data[at:])
+                self._in_list = False
+            elif not _error(data, at, end):
+                # upsd repeats names as they were typed, but for its own (server.info).
+                head = at + len(asked.head)
+                if (data[at:head].lower() != asked.head
+                        or asked.head and asked.rest and not asked.rest(data, head, end)
+                        or not asked.head and data[at:end].split(b" ", 1)[0] in _NAMING):
+                    return self._blame(answers, "another answer in reply to", data[at:])
+                if asked.tail:
+                    self._in_list, at = True, end
+                    continue
+            if not asked.head and end < len(data):
+                return self._blame(answers, "more than one line in reply to", data[end:])
+            self.sent.popleft()
+            if asker is not None:
+                answers.append((asker, data[start:end], True))
+            start, at, self.begun = end, end, False
+        if at - start > HIGH_WATER:             # Too long to be held until it is whole.
+            if self.sent[0][0] is not None:
+                answers.append((self.sent[0][0], data[start:at], False))
+            start, self.begun = at, True
+        self._data, self._held = data[start:], at - start
+        return answers
 
-    def _blame(self, what, at):
+    def _blame(self, answers, what, data):
         asked = f" '{printable(self.sent[0][1].raw.strip())}'" if self.sent else ""
-        self.fault = f"{what}{asked}: '{printable(self._data[at:at + 60])}'"
+        self.fault = f"{what}{asked}: '{printable(data[:60])}'"
+        self._data, self._held = b"", 0
+        return answers
 
     def unanswered(self) -> list:
         """(asker, Question) of all that can be asked again elsewhere, in their order."""
@@ -1003,81 +1021,368 @@ class Questions:
                                       for who, asked in self.sent)
 
 
-def _starts(data, at, head):
-    """upsd repeats names as they were typed, but for those that it knows itself (server.info)."""
-    return data.startswith(head, at) or data[at:at + len(head)].lower() == head.lower()
-
-
 def printable(data: Union[bytes, str]) -> str:
-    """A peer's bytes or text, made safe for a log line."""
+    """A peer's bytes or text, made safe for a log line: no control, no bidi mark, no newline."""
     text = data.decode("latin-1") if isinstance(data, bytes) else data
-    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else f"\\x{ord(c):02x}"
-                   for c in text)
+    return "".join(c if " " <= c <= "~" or c > "\xa0" and c.isprintable() else
+                   f"\\x{ord(c):02x}" if c <= "\xff" else ascii(c)[1:-1] for c in text)
 
 
 # --- Certificates and TLS ------------------------------------------------------------------------
 
-Certificate = collections.namedtuple("Certificate", "names pin not_after")
-Certificate.__doc__ = "names as permit has them (CN=, DNS:, IP:, URI:, email:); pin; not_after in seconds since 1970."
+Certificate = collections.namedtuple(
+    "Certificate", "names pin not_before not_after subject issuer fields is_ca spki extensions")
+Certificate.__doc__ = """What is read of a certificate (RFC 5280 4.1). Its texts are printable().
+
+names are as permit has them (CN=, DNS:, IP:, URI:, email:); pin is that of spki, the public key's
+DER; not_before and not_after are seconds since 1970; subject and issuer have one line each, fields
+are the subject's as [(CN and the like, text)]; extensions are {OID's content: value}."""
+
+RevocationList = collections.namedtuple("RevocationList", "issuer this_update next_update")
+RevocationList.__doc__ = "A CRL (RFC 5280 5.1); next_update is NO_EXPIRY where there is none."
 
 Peer = collections.namedtuple("Peer", "version cipher names pin not_after")
 Peer.__doc__ = "What the checks, the log and the status know of the other end of a TLS session."
 
-_TEXT_CODECS = {0x0c: "utf-8", 0x1e: "utf-16-be"}
-_SAN_KINDS = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
+Loaded = collections.namedtuple("Loaded", "what not_before not_after")
+Loaded.__doc__ = "A certificate or revocation list in use: what it is, its file, its dates."
+
+Element = collections.namedtuple("Element", "tag content whole")
+Element.__doc__ = "A DER element (X.690 8.1)."
+
+_BOOLEAN, _INTEGER, _BITS, _OCTETS, _NULL, _OID = 0x01, 0x02, 0x03, 0x04, 0x05, 0x06
+_ENUMERATED, _SEQUENCE, _SET, _TIMES = 0x0a, 0x30, 0x31, (0x17, 0x18)  # UTCTime, GeneralizedTime
+_SAN, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
+_FIELDS = {b"\x55\x04" + bytes([number]): name for number, name in (
+    (3, "CN"), (4, "SN"), (5, "serialNumber"), (6, "C"), (7, "L"), (8, "ST"), (9, "street"),
+    (10, "O"), (11, "OU"), (12, "title"), (42, "GN"))}
+_FIELDS[bytes.fromhex("2a864886f70d010901")] = "emailAddress"
+_FIELDS[bytes.fromhex("0992268993f22c640119")] = "DC"
+# The types of text: UTF8String, and those that OpenSSL takes for Latin-1.
+_TEXTS = {0x0c: "utf-8", 0x12: "latin-1", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1"}
+_WIDE_TEXTS = {0x1c: 4, 0x1e: 2}            # UniversalString, BMPString: bytes a character
+_TEXT_NAMES = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
 
 
-def _der(data):
-    """The DER elements that data is made of, as (tag, content, whole element) (X.690 8.1)."""
-    items = []
-    while data:
-        size, start = data[1], 2
-        if size & 0x80:
+def der_items(data: bytes) -> list:
+    """The DER Elements that data is made of (X.690 8.1, 10.1).
+
+    ValueError for lengths that are indefinite or longer than need be, and for tags of several
+    bytes: what two readers could read in two ways is not read at all.
+    """
+    items, at, end = [], 0, len(data)
+    while at < end:
+        if end - at < 2:
+            raise ValueError("it is cut short")
+        tag, size, start = data[at], data[at + 1], at + 2
+        if tag & 0x1f == 0x1f:
+            raise ValueError("a tag of more than one byte")
+        if size == 0x80:
+            raise ValueError("an indefinite length")
+        if size > 0x80:
             start += size & 0x7f
-            size = int.from_bytes(data[2:start], "big")
-        if len(data) < start + size:
-            raise ValueError("truncated")
-        items.append((data[0], data[start:start + size], data[:start + size]))
-        data = data[start + size:]
+            octets = data[at + 2:start]
+            size = int.from_bytes(octets, "big")
+            if size < 0x80 or octets[0] == 0:
+                raise ValueError("a length that is not the shortest")
+        if end - start < size:
+            raise ValueError("it is cut short")
+        items.append(Element(tag, data[start:start + size], data[at:start + size]))
+        at = start + size
     return items
 
 
-def _der_time(tag, content):
+def _check_der(items, depth=0):
+    """Each element, and each inside it, is in the one form of DER (X.690 8, 10.2, 11.1, 11.2)."""
+    if depth > MAX_DEPTH:
+        raise ValueError("elements too deep inside each other")
+    for tag, content, _ in items:
+        first, more = content[:1], content[1:]
+        constructed = tag & 0x20 > 0
+        if tag < 0x40 and (tag == 0 or constructed != (tag in (_SEQUENCE, _SET))):
+            raise ValueError(f"an element with the tag {tag:#04x}")
+        if constructed:
+            _check_der(der_items(content), depth + 1)
+        elif tag in (_INTEGER, _ENUMERATED):
+            if not content or more and first in b"\0\xff" and first[0] >> 7 == more[0] >> 7:
+                raise ValueError("a number that is not the shortest")
+        elif tag == _BITS:
+            unused = first[0] if content else 8
+            if unused > 7 or unused and (not more or more[-1] & (1 << unused) - 1):
+                raise ValueError("a bit string with a wrong end")
+        elif tag == _OID:
+            _check_oid(content)
+        elif tag == _BOOLEAN and content not in (b"\0", b"\xff") or tag == _NULL and content:
+            raise ValueError("a truth value or null of another form")
+        elif len(content) % _WIDE_TEXTS.get(tag, 1):
+            raise ValueError("a text of a wrong length")
+
+
+def _check_oid(content):
+    if not content or content[-1] & 0x80 or re.search(rb"(?:\A|[\x00-\x7f])\x80", content):
+        raise ValueError("an object identifier that is none")
+
+
+class _Sequence:
+    """The elements of a SEQUENCE, taken in order, each with a tag that its place allows."""
+
+    def __init__(self, content, what):
+        self._items, self._what = der_items(content), what
+
+    def maybe(self, *tags):
+        """The next Element if it has one of the tags, or if any will do, else None."""
+        if self._items and (not tags or self._items[0].tag in tags):
+            return self._items.pop(0)
+        return None
+
+    def take(self, *tags):
+        """The next Element, which must have one of the tags."""
+        found = self.maybe(*tags)
+        if not found:
+            raise ValueError(f"{self._what} is not as expected")
+        return found
+
+    def only(self, *tags):
+        """The last Element."""
+        found = self.take(*tags)
+        self.end()
+        return found
+
+    def end(self):
+        if self._items:
+            raise ValueError(f"{self._what} is not as expected")
+
+
+def _signed(der, what):
+    """The fields of what is signed, and its algorithm's element (RFC 5280 4.1.1)."""
+    _check_der(der_items(der))
+    whole = _Sequence(_Sequence(der, what).only(_SEQUENCE).content, what)
+    body, algorithm, signature = whole.take(_SEQUENCE), whole.take(_SEQUENCE), whole.only(_BITS)
+    if signature.content[0]:
+        raise ValueError("the signature is not whole bytes")
+    return _Sequence(body.content, what), algorithm
+
+
+def _take_algorithm(fields, signed_by=None):
+    """An AlgorithmIdentifier; what is signed has the one outside (RFC 5280 4.1.1.2)."""
+    algorithm = fields.take(_SEQUENCE)
+    parts = _Sequence(algorithm.content, "an algorithm")
+    parts.take(_OID)
+    parts.maybe()
+    parts.end()
+    if signed_by and algorithm != signed_by:
+        raise ValueError("the signature's algorithm is not the one that is signed")
+
+
+def _take_name(fields):
+    """A Name as [[(CN and the like, text), …], …] (RFC 5280 4.1.2.4)."""
+    found = []
+    for relative in der_items(fields.take(_SEQUENCE).content):
+        pairs = der_items(relative.content)
+        if relative.tag != _SET or not pairs:
+            raise ValueError("a name is not as expected")
+        found.append([])
+        for pair in pairs:
+            parts = _Sequence(pair.content if pair.tag == _SEQUENCE else b"", "a name's field")
+            oid, value = parts.take(_OID).content, parts.only()
+            text = _text_of(value)
+            if text is None:                # Under its number: no CN that is none is taken for one.
+                found[-1].append((oid_text(oid), "#" + value.whole.hex()))
+            else:
+                found[-1].append((_FIELDS.get(oid) or oid_text(oid), text))
+    return found
+
+
+def _text_of(value):
+    """A field's value as text; None, or ValueError where no name has that, if it is no text."""
+    if value.tag in _TEXTS:
+        return value.content.decode(_TEXTS[value.tag])
+    if value.tag in _WIDE_TEXTS:
+        size, data = _WIDE_TEXTS[value.tag], value.content
+        codes = [int.from_bytes(data[at:at + size], "big") for at in range(0, len(data), size)]
+        text = "".join(map(chr, codes))
+        text.encode("utf-8")                # No half of a pair.
+        return text
+    if value.tag not in (_BITS, _SEQUENCE):
+        raise ValueError("a name's field has a type that no text has")
+    return None
+
+
+def _name_text(name):
+    """A Name in one line, as in C=FR, O=Network UPS Tools, CN=ups.lan."""
+    return ", ".join(" + ".join(f"{field}={_quoted(text, ',+')}" for field, text in pairs)
+                     for pairs in name)
+
+
+def oid_text(content: bytes) -> str:
+    """An object identifier with dots, from its DER content (X.690 8.19)."""
+    numbers, number = [], 0
+    for byte in content:
+        number = number << 7 | byte & 0x7f
+        if not byte & 0x80:
+            numbers.append(number)
+            number = 0
+    first = min(numbers[0] // 40, 2)
+    return ".".join(map(str, [first, numbers[0] - 40 * first] + numbers[1:]))
+
+
+def _quoted(text, marks):
+    """printable(), in quotes where one of the marks in it could be taken for the text's end."""
+    text = printable(text)
+    if text == text.strip() and not any(mark in text for mark in marks + '"'):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def names_text(names: list) -> str:
+    """Names for a message, with commas that cannot be confused with those in a name."""
+    return ", ".join(_quoted(name, ",") for name in names)
+
+
+def _take_time(fields):
     """UTCTime or GeneralizedTime in seconds since 1970 (RFC 5280 4.1.2.5)."""
-    text = content.decode("ascii", "replace")
-    if tag == 0x17:
+    tag, content, _ = fields.take(*_TIMES)
+    text = content.decode("ascii")
+    if tag == _TIMES[0]:
         text = ("19" if text[:2] >= "50" else "20") + text
-    fields = [int(text[:4])] + [int(text[at:at + 2]) for at in range(4, 14, 2)]
-    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
+    if len(text) != 15 or not re.match("[0-9]{14}Z", text):
+        raise ValueError("a date of another form")
+    month, day, hour, minute, second = (int(text[at:at + 2]) for at in range(4, 14, 2))
+    year = int(text[:4])
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    lengths = (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    if not (year and 0 < month < 13 and 0 < day <= lengths[month - 1]
+            and hour < 24 and minute < 60 and second < 60):
+        raise ValueError("a date that is none")
+    # No datetime, which costs memory, and no time_t, which ends in 2038 on small boxes.
+    before = year - 1
+    days = 365 * before + before // 4 - before // 100 + before // 400 + sum(lengths[:month - 1])
+    days += day - 719163                    # 1970-01-01
+    return 86400 * days + 3600 * hour + 60 * minute + second
 
 
-def _san(kind, value):
-    if kind == 0x87 and len(value) in (4, 16):
-        return "IP:" + socket.inet_ntop(socket.AF_INET if len(value) == 4 else socket.AF_INET6, value)
-    return normal_name(_SAN_KINDS[kind] + value.decode("latin-1")) if kind in _SAN_KINDS else None
+def _san_names(value):
+    """subjectAltName's names, as far as permit has a word for them (RFC 5280 4.2.1.6)."""
+    what, names = "the subjectAltName", []
+    for tag, content, _ in der_items(_Sequence(value, what).only(_SEQUENCE).content):
+        if tag in _TEXT_NAMES:
+            # What is not ASCII is spelt out: no such name equals one that an administrator wrote.
+            text = content.decode("ascii", "backslashreplace")
+            names.append(normal_name(_TEXT_NAMES[tag] + text))
+        elif tag == 0x87:
+            if len(content) in (4, 16):
+                family = socket.AF_INET if len(content) == 4 else socket.AF_INET6
+                names.append("IP:" + socket.inet_ntop(family, content))
+        elif tag == 0xa0:                   # otherName
+            parts = _Sequence(content, what)
+            parts.take(_OID)
+            _Sequence(parts.only(0xa0).content, what).only()
+        elif tag == 0xa4:                   # directoryName
+            parts = _Sequence(content, what)
+            _take_name(parts)
+            parts.end()
+        elif tag == 0xa5:                   # ediPartyName
+            parts = _Sequence(content, what)
+            for text in (parts.maybe(0xa0), parts.only(0xa1)):
+                if text:
+                    _Sequence(text.content, what).only(0x0c, 0x13, 0x14, *_WIDE_TEXTS)
+        elif tag == 0x88:                   # registeredID
+            _check_oid(content)
+        elif tag != 0xa3:                   # x400Address
+            raise ValueError(f"{what} is not as expected")
+    return names
+
+
+def _extensions(content):
+    """{OID's content: the extension's value} (RFC 5280 4.2)."""
+    found = {}
+    for extension in der_items(_Sequence(content, "the extensions").only(_SEQUENCE).content):
+        fields = _Sequence(extension.content if extension.tag == _SEQUENCE else b"", "an extension")
+        oid = fields.take(_OID).content
+        fields.maybe(_BOOLEAN)              # critical
+        if oid in found:
+            raise ValueError("an extension stands twice")
+        found[oid] = fields.only(_OCTETS).content
+        if oid in (_SAN, _BASIC_CONSTRAINTS):
+            _check_der(der_items(found[oid]))
+    return found
+
+
+def _is_ca(value):
+    what = "the basicConstraints extension"
+    fields = _Sequence(_Sequence(value, what).only(_SEQUENCE).content, what)
+    ca = fields.maybe(_BOOLEAN)
+    fields.maybe(_INTEGER)                  # pathLenConstraint
+    fields.end()
+    return ca is not None and ca.content == b"\xff"
 
 
 def read_certificate(der: bytes) -> Certificate:
-    """What permit, pin and the expiry checks need (RFC 5280 4.1); ValueError if it is no certificate."""
+    """A certificate's DER; ValueError for all that is not as RFC 5280 4.1 has it, DER throughout.
+
+    OpenSSL reads BER too. What it would read differently must not be read here, or a peer shows one
+    key or name to OpenSSL and another one to pin or permit.
+    """
     try:
-        fields = _der(_der(_der(der)[0][1])[0][1])
-        if fields[0][0] == 0xa0:                        # The version, which is optional.
-            del fields[0]
-        _serial, _algorithm, _issuer, validity, subject, key = fields[:6]
-        pairs = [_der(pair) for _, relative, _ in _der(subject[1]) for _, pair, _ in _der(relative)]
-        names = ["CN=" + value[1].decode(_TEXT_CODECS.get(value[0], "latin-1"), "replace")
-                 for oid, value in pairs if oid[1] == b"\x55\x04\x03"]
-        for _, extensions, _ in (field for field in fields[6:] if field[0] == 0xa3):
-            for _, extension, _ in _der(_der(extensions)[0][1]):
-                parts = _der(extension)
-                if parts[0][1] == b"\x55\x1d\x11":      # subjectAltName
-                    names += filter(None, (_san(kind, value) for kind, value, _ in _der(_der(parts[-1][1])[0][1])))
-        digest = hashlib.sha256(key[2]).digest()
-        pin = "sha256//" + binascii.b2a_base64(digest, newline=False).decode()
-        # Safe for logs and terminals from here on; with an escape in it a name matches no permit line.
-        return Certificate(list(map(printable, names)), pin, _der_time(*_der(validity[1])[1][:2]))
-    except (IndexError, ValueError, OverflowError) as error:
-        raise ValueError(f"a certificate that cannot be read ({error})") from None
+        fields, signed_by = _signed(der, "it")
+        version = fields.maybe(0xa0)
+        if version and version.content not in (b"\x02\x01\0", b"\x02\x01\1", b"\x02\x01\2"):
+            raise ValueError("the version is not 1, 2 or 3")
+        fields.take(_INTEGER)               # serialNumber
+        _take_algorithm(fields, signed_by)
+        issuer = _take_name(fields)
+        validity = _Sequence(fields.take(_SEQUENCE).content, "the validity")
+        begin, end = _take_time(validity), _take_time(validity)
+        validity.end()
+        subject = _take_name(fields)
+        spki = fields.take(_SEQUENCE)
+        key = _Sequence(spki.content, "the public key")
+        _take_algorithm(key)
+        if key.only(_BITS).content[0]:
+            raise ValueError("the public key is not whole bytes")
+        fields.maybe(0x81)                  # issuerUniqueID
+        fields.maybe(0x82)                  # subjectUniqueID
+        last = fields.maybe(0xa3)
+        fields.end()
+        extensions = _extensions(last.content) if last else {}
+        names = ["CN=" + text for pairs in subject for field, text in pairs if field == "CN"]
+        names += _san_names(extensions[_SAN]) if _SAN in extensions else []
+        digest = hashlib.sha256(spki.whole).digest()
+        return Certificate(
+            # With an escape in it a name matches no permit line.
+            names=list(map(printable, names)),
+            pin="sha256//" + binascii.b2a_base64(digest, newline=False).decode(),
+            not_before=begin, not_after=end, subject=_name_text(subject), issuer=_name_text(issuer),
+            fields=[(field, printable(text)) for pairs in subject for field, text in pairs],
+            is_ca=_BASIC_CONSTRAINTS in extensions and _is_ca(extensions[_BASIC_CONSTRAINTS]),
+            spki=spki.whole, extensions=extensions)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"a certificate that cannot be read ({_plain(error)})") from None
+
+
+def read_crl(der: bytes) -> RevocationList:
+    """A revocation list's DER; ValueError for all that is not as RFC 5280 5.1 has it."""
+    try:
+        fields, signed_by = _signed(der, "it")
+        fields.maybe(_INTEGER)              # version
+        _take_algorithm(fields, signed_by)
+        issuer = _name_text(_take_name(fields))
+        begin, end = _take_time(fields), NO_EXPIRY
+        later = fields.maybe(*_TIMES)
+        if later:
+            end = _take_time(_Sequence(later.whole, "it"))
+        fields.maybe(_SEQUENCE)             # revokedCertificates
+        fields.maybe(0xa0)                  # crlExtensions
+        fields.end()
+        return RevocationList(issuer, begin, end)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"a revocation list that cannot be read ({_plain(error)})") from None
+
+
+def _plain(error):
+    """Python's own words about bytes that are no text tell an administrator nothing."""
+    no_text = isinstance(error, (UnicodeError, OverflowError)) or "chr()" in str(error)
+    return "a text of a wrong encoding" if no_text else error
 
 
 def normal_name(name: str) -> str:
@@ -1089,152 +1394,472 @@ def normal_name(name: str) -> str:
     return kind + colon + value.lower() if kind in ("DNS", "email", "IP") else name
 
 
-_PEM_KINDS = {"CERTIFICATE": "certificate", "PRIVATE KEY": "private key", "X509 CRL": "revocation list (X509 CRL)"}
+# PEM files: each is read once, and by this reader alone.
+
+Block = collections.namedtuple("Block", "kind der line encrypted")
+Block.__doc__ = "A PEM block: CERTIFICATE or the like, bytes, BEGIN's line, a locked key or not."
+
+CERTIFICATES = ("CERTIFICATE", "X509 CERTIFICATE")      # The second is OpenSSL's older word.
+REVOCATION_LIST = "X509 CRL"
+_KEYS, _LISTS, _TRUST = ("PRIVATE KEY",), (REVOCATION_LIST,), CERTIFICATES + (REVOCATION_LIST,)
+_KINDS = {CERTIFICATES: "certificate", _TRUST: "certificate", _KEYS: "private key",
+          _LISTS: "revocation list (X509 CRL)"}
+_BLANKS = "".join(map(chr, range(33)))                  # What OpenSSL takes off a line's end.
+_marker = re.compile(r"-----(BEGIN|END) ([!-,.-~]+(?:[ -][!-,.-~]+)*)-----").fullmatch
+_like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
+                          r"-\s*(?i:(?:BEGIN|END) (?:\w+ )*(?:CERTIFICATE|CRL|KEY)\b)").search
+_base64 = re.compile(r"[A-Za-z0-9+/]*={0,2}").fullmatch
 
 
-def _has_certificate(path):
-    """In a directory other files may stand beside: revocation lists, a README."""
-    if not os.path.isfile(path):
-        return False
+def read_file(path: str) -> bytes:
+    """A PEM file's bytes; OSError, or ValueError for what is too large to be one."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_PEM + 1)
+    if len(data) > MAX_PEM:
+        raise ValueError(f"more than {MAX_PEM} bytes: expected a PEM file")
+    return data
+
+
+def pem_blocks(data: bytes) -> list:
+    """The Blocks of a PEM file (RFC 7468); ValueError, with the line, where one is damaged.
+
+    OpenSSL passes over a block whose BEGIN line it does not know for one, without a word. So all
+    that looks like such a line must be one. Text between the blocks, CRLF and a BOM do no harm.
+    """
+    blocks, kind, start, lines = [], "", 0, []
+    for number, line in enumerate(data.decode("latin-1").split("\n"), 1):
+        if number == 1 and line.startswith("\xef\xbb\xbf"):
+            line = line[3:]
+        line = line.rstrip(_BLANKS)
+        marker, like = _marker(line), _like_marker(line)
+        if not kind and not marker and (not like or line.lstrip().startswith("#")):
+            continue                        # Text, or what somebody has turned into a comment.
+        if kind and not marker and not like:
+            lines.append(line)
+        elif not marker:
+            raise ValueError(f"line {number}: {_marker_fault(line)}")
+        elif marker.group(1) == "BEGIN" and not kind:
+            kind, start, lines = marker.group(2), number, []
+        elif marker.groups() == ("END", kind):
+            blocks.append(_block(kind, start, lines))
+            kind = ""
+        elif kind:
+            raise ValueError(f"line {number}: {printable(line)}: expected "
+                             f"-----END {printable(kind)}-----, for the BEGIN in line {start}")
+        else:
+            raise ValueError(f"line {number}: {printable(line)}: expected its BEGIN line before it")
+    if kind:
+        raise ValueError(f"line {start}: this BEGIN has no END line: bring the whole file again")
+    return blocks
+
+
+def _marker_fault(line):
+    """What is wrong with a BEGIN or END line, which is not shown: part of a key may be in it."""
+    if re.search("END .*-----BEGIN", line):
+        return "a joined END and BEGIN line: expected a line for each"
+    if _marker(line.lstrip()):
+        return "blanks before BEGIN or END: expected all lines of a block without"
+    return ("a damaged BEGIN or END line: expected one like -----BEGIN CERTIFICATE-----, "
+            "alone in its line")
+
+
+def _block(kind, start, lines):
+    """A block of the lines between BEGIN and END; headers end with an empty line (RFC 1421 4.4)."""
+    encrypted, body, before = kind == "ENCRYPTED PRIVATE KEY", lines, start
+    if lines and ":" in lines[0]:
+        end = lines.index("") if "" in lines else 0
+        encrypted = any("ENCRYPTED" in line for line in lines[:end])
+        body, before = lines[end:], start + end
+    for number, line in enumerate(body, before + 1):
+        if not _base64(line):
+            hint = "; take the blanks before it off" if _base64(line.strip()) else ""
+            raise ValueError(f"line {number}: damaged base64{hint}")
+    text = "".join(body)
     try:
-        with open(path, "rb") as file:
-            return b"BEGIN CERTIFICATE" in file.read()
-    except OSError:
-        return True                                     # Its reader will say what is wrong.
+        if not text or len(text) % 4 or "=" in text.rstrip("="):
+            raise ValueError
+        return Block(kind, binascii.a2b_base64(text), start, encrypted)
+    except ValueError:
+        raise ValueError(f"line {start}: damaged base64 in this block: "
+                         "bring the whole file again") from None
+
+
+def _wanted(blocks, kinds, data):
+    """The blocks of these kinds, a key's with its algorithm before; ValueError if there is none."""
+    found = [block for block in blocks
+             if block.kind in kinds or kinds == _KEYS and block.kind.endswith(_KEYS)]
+    if not found:
+        hint = ""
+        if data[:2] == b"\x30\x82":
+            hint = ("; this looks like DER: "
+                    "'openssl x509 -inform DER -in FILE -out NEWFILE' writes PEM")
+        raise ValueError(f"expected PEM with a {_KINDS[kinds]}, found none{hint}")
+    return found
 
 
 class Credentials:
     """A shim's TLS context, and what -t, the log and the expiry checks want to know of it.
 
-    What is wrong is added to faults, what is only unwise to warnings, as lines.
+    own is the own Certificate; loaded is all that the context uses, as Loaded. What is wrong is
+    added to faults, what is only unwise to warnings, as lines.
     """
 
     def __init__(self, conf, faults, warnings):
         self._conf, self._faults = conf, faults
-        self.own, self.expiries = None, []              # The own Certificate; (what, not_after).
+        self.own, self.loaded = None, []
         server = conf.role == SERVER
-        self.context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3 if conf.min_tls == "1.3" else ssl.TLSVersion.TLSv1_2
+        self.context = context = ssl.SSLContext(
+            ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = (
+            ssl.TLSVersion.TLSv1_3 if conf.min_tls == "1.3" else ssl.TLSVersion.TLSv1_2)
         if conf.min_tls == "1.2":
             context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
         if ssl.OPENSSL_VERSION_INFO >= (3,):
-            context.options |= 0x80                     # SSL_OP_IGNORE_UNEXPECTED_EOF: no close_notify is an end.
+            context.options |= 0x80         # SSL_OP_IGNORE_UNEXPECTED_EOF: no close_notify ends it.
         if server:
             checks = conf.client_certificate != "none"
             context.verify_mode = {"none": ssl.CERT_NONE, "request": ssl.CERT_OPTIONAL,
                                    "require": ssl.CERT_REQUIRED}[conf.client_certificate]
             if hasattr(context, "num_tickets"):
-                context.num_tickets = 1                 # Enough to resume; each costs time and bytes.
+                context.num_tickets = 1     # Enough to resume; each costs time and bytes.
         else:
             checks = conf.verify in ("full", "chain")
             context.check_hostname = conf.verify == "full"
             context.verify_mode = ssl.CERT_REQUIRED if checks else ssl.CERT_NONE
             if hasattr(context, "hostname_checks_common_name"):
                 context.hostname_checks_common_name = False
+        context.loaded, context.crl_issuers = self.loaded, None         # For note_failure().
         if conf.certificate:
             self._load_own(warnings)
         if checks and conf.trust:
-            self._load_trust()
+            self._load_trust(warnings)
 
     def _fault(self, option, path, error):
-        text = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        self._faults.append(f"{self._conf.at(option)}{path}: {text}")
+        self._faults.append(f"{self._conf.at(option)}{path}: {openssl_words(error)}")
 
-    def _pem(self, option, path, kind):
-        """A file's (text, certificates, their PEM blocks); all empty, and a fault noted, without that kind."""
+    def _blocks(self, option, path, kinds, data=None):
+        """A file's Blocks; none, and a fault, where it is faulty or has none of these kinds."""
         try:
-            with open(path, "rb") as file:
-                text = file.read().decode("latin-1")
-            if kind + "-----" not in text:
-                raise ValueError(f"expected PEM with a {_PEM_KINDS[kind]}, found none")
-            blocks = re.findall(r"-----BEGIN CERTIFICATE-----.*?(?:-----END CERTIFICATE-----|\Z)", text, re.DOTALL)
-            if kind == "X509 CRL" and blocks:
-                raise ValueError("expected nothing but revocation lists, found a certificate, which would be trusted")
-            return text, [read_certificate(ssl.PEM_cert_to_DER_cert(block)) for block in blocks], blocks
+            data = read_file(path) if data is None else data
+            blocks = pem_blocks(data)
+            for block in blocks:
+                if block.kind == "TRUSTED CERTIFICATE" and kinds != _KEYS:
+                    raise ValueError(
+                        f"line {block.line}: a TRUSTED CERTIFICATE, which only the openssl command "
+                        f"understands; 'openssl x509 -in {path} -out NEWFILE' writes a plain one")
+                if block.kind not in _TRUST and _is_certificate(block.der):
+                    raise ValueError(f"line {block.line}: a certificate under the heading "
+                                     f"{printable(block.kind)}: expected CERTIFICATE")
+            _wanted(blocks, kinds, data)
+            return blocks
         except (OSError, ValueError) as error:
             self._fault(option, path, error)
-            return "", [], []
+            return []
+
+    def _read(self, option, path, blocks, kinds, read):
+        """[(what read() makes of it, DER)] of such blocks; none, and a fault, if one is bad."""
+        found = []
+        for block in blocks:
+            if block.kind in kinds:
+                try:
+                    found.append((read(block.der), block.der))
+                except ValueError as error:
+                    self._fault(option, path, f"line {block.line}: {error}")
+                    return []
+        return found
+
+    def _note(self, kind, path, subject, not_before, not_after):
+        what = f"{kind} {path} ({subject or 'without a subject'})"
+        self.loaded.append(Loaded(what, not_before, not_after))
 
     def _load_own(self, warnings):
-        conf = self._conf
-        option, path = ("key", conf.key) if conf.key else ("certificate", conf.certificate)
-        own = self._pem("certificate", conf.certificate, "CERTIFICATE")[1]
-        key = own and self._pem(option, path, "PRIVATE KEY")[0]
-        if not key:
-            return
+        conf, own = self._conf, self._conf.certificate
+        option, path = ("key", conf.key) if conf.key else ("certificate", own)
+        blocks = self._blocks("certificate", own, CERTIFICATES)
+        chain = self._read("certificate", own, blocks, CERTIFICATES, read_certificate)
+        if chain and conf.key:
+            blocks = self._blocks(option, path, _KEYS)
         try:
-            if "ENCRYPTED" in key:
-                raise ValueError("the key is encrypted, which a daemon cannot open; 'openssl pkey -in FILE' writes it plain")
-            self.context.load_cert_chain(conf.certificate, conf.key)
+            keys = chain and blocks and _wanted(blocks, _KEYS, b"")
+            if not keys:
+                return
+            if any(block.encrypted for block in keys):
+                raise ValueError("the key is encrypted, which a daemon cannot open; "
+                                 "'openssl pkey -in FILE' writes it plain")
+            for certificate, der in chain:
+                _try_openssl(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, der)
+            self.context.load_cert_chain(own, conf.key, "")
         except (OSError, ValueError) as error:
             if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-                error = f"this key does not belong to the first certificate of {conf.certificate}"
+                error = f"this key does not belong to the first certificate of {own}"
             return self._fault(option, path, error)
         if os.stat(path).st_mode & stat.S_IROTH:
-            warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; 'chmod o= {path}'")
-        self.own = own[0]
-        self.expiries.append((f"own certificate {conf.certificate}", own[0].not_after))
+            warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; "
+                            f"'chmod o= {path}'")
+        self.own = chain[0][0]
+        for number, each in enumerate({der: each for each, der in chain}.values()):
+            kind = "chain certificate" if number else "own certificate"
+            self._note(kind, own, each.subject, each.not_before, each.not_after)
 
-    def _load_trust(self):
+    def _load_trust(self, warnings):
         conf, context = self._conf, self.context
-        # What is put into trust is trusted as it is, be it an intermediate CA's or a server's own certificate.
-        context.verify_flags |= 0x80000                 # X509_V_FLAG_PARTIAL_CHAIN, with a name since Python 3.10
-        try:
-            if conf.trust == "system":
-                context.load_default_certs()
-                folder = ssl.get_default_verify_paths().capath
-                if not context.cert_store_stats()["x509"] and not (folder and os.listdir(folder)):
-                    raise ValueError("this machine has no CA certificates; install its package ca-certificates")
+        # What is put into trust is trusted as it is, be it an intermediate CA's or a server's own.
+        context.verify_flags |= 0x80000     # X509_V_FLAG_PARTIAL_CHAIN; Python 3.10 has the name
+        lists = {}                          # DER: (RevocationList, path)
+        for path in conf.crl or ():
+            blocks = self._blocks("crl", path, _LISTS)
+            if any(block.kind in CERTIFICATES for block in blocks):
+                self._fault("crl", path, "expected nothing but revocation lists, "
+                                         "found a certificate, which would be trusted")
             else:
-                paths, blocks = [conf.trust], []
-                if os.path.isdir(conf.trust):
-                    paths = filter(_has_certificate, sorted(os.path.join(conf.trust, name) for name in os.listdir(conf.trust)))
-                for path in paths:
-                    _, certificates, found = self._pem("trust", path, "CERTIFICATE")
-                    blocks += found or [""]
-                    self.expiries += [(f"trusted certificate in {path}", each.not_after) for each in certificates]
-                if not blocks:
-                    raise ValueError("expected PEM files with certificates, found none")
-                if any(blocks):
-                    context.load_verify_locations(cadata="\n".join(blocks))
+                for each, der in self._read("crl", path, blocks, _LISTS, read_crl):
+                    lists.setdefault(der, (each, path))
+        found = {}                          # DER: (Certificate, path)
+        try:
+            found = self._system() if conf.trust == "system" else self._trusted(lists)
         except (OSError, ValueError) as error:
             self._fault("trust", conf.trust, error)
-        for path in conf.crl or ():
-            if self._pem("crl", path, "X509 CRL")[0]:
-                try:
-                    context.load_verify_locations(cafile=path)
-                    context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-                except OSError as error:
-                    self._fault("crl", path, error)
+        self._note_trust(found)
+        if lists:
+            self._load_lists(lists)
+            lack = [each.subject for each, _ in found.values()
+                    if each.is_ca and each.subject not in context.crl_issuers]
+            if lack and len(found) <= BUNDLE:
+                warnings.append(
+                    f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what it "
+                    "has issued is refused, since with crl set each CA needs one")
+
+    def _trusted(self, lists):
+        """Load the certificates of trust, each once: {DER: (Certificate, path)}."""
+        context, trust, found, before = self.context, self._conf.trust, {}, len(self._faults)
+        folder = os.path.isdir(trust)
+        names = sorted(os.listdir(trust)) if folder else [""]
+        for path in (os.path.join(trust, name) if folder else trust for name in names):
+            if folder and not os.path.isfile(path):
+                continue
+            try:
+                data = read_file(path)
+            except (OSError, ValueError) as error:
+                self._fault("trust", path, error)
+                continue
+            here = rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b"
+            if folder and not re.search(here, data):
+                continue                    # Other files may stand beside: a README, keys.
+            blocks = self._blocks("trust", path, _TRUST, data)
+            certificates = self._read("trust", path, blocks, CERTIFICATES, read_certificate)
+            for each, der in certificates:
+                found.setdefault(der, (each, path))
+            if any(block.kind == REVOCATION_LIST and block.der not in lists for block in blocks):
+                cure = "move it into a file of its own and set crl = FILE"
+                self._fault("trust", path, "a revocation list, which counts only as crl: "
+                            + (cure if certificates else f"set crl = {path}"))
+        for der, (each, path) in found.items():
+            try:
+                _try_openssl(context, each, der)
+            except ValueError as error:
+                self._fault("trust", path, error)
+        if len(self._faults) == before:
+            count = context.cert_store_stats()["x509"]
+            if not found:
+                raise ValueError("expected PEM files with certificates, found none")
+            if count != len(found):
+                raise ValueError(f"OpenSSL uses {count} of {len(found)} certificates")
+        return found
+
+    def _system(self):
+        """Load the machine's certificates, of which OpenSSL reads a folder's only when needed."""
+        self.context.load_default_certs()
+        folder, found = ssl.get_default_verify_paths().capath, {}
+        if not self.context.cert_store_stats()["x509"] and not (folder and os.listdir(folder)):
+            raise ValueError("this machine has no CA certificates; "
+                             "install its package ca-certificates")
+        for der in self.context.get_ca_certs(True):
+            try:
+                found[der] = read_certificate(der), "system"
+            except ValueError:
+                pass                        # OpenSSL's to judge; only its dates are not watched.
+        return found
+
+    def _note_trust(self, found):
+        """One line for each, or one for a whole bundle with the first of them to end."""
+        if len(found) <= BUNDLE:
+            for each, path in found.values():
+                self._note("trusted certificate in", path, each.subject,
+                           each.not_before, each.not_after)
+            return
+        now = time.time()
+        certificates = [each for each, _ in found.values()]
+        past = sum(each.not_after < now for each in certificates)
+        first = min(certificates, key=lambda each: (each.not_after < now, each.not_after))
+        which = f"{past} of them expired, the next to end" if past else "the first to end"
+        self._note(f"{len(found)} trusted certificates in", f"{self._conf.trust}, {which}",
+                   first.subject, first.not_before, first.not_after)
+
+    def _load_lists(self, lists):
+        """Load revocation lists, for which Python has no other way than their files' paths."""
+        context, before = self.context, self.context.cert_store_stats()
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+        for path in dict.fromkeys(path for _, path in lists.values()):
+            try:
+                context.load_verify_locations(cafile=path)
+            except OSError as error:
+                self._fault("crl", path, error)
+        after = context.cert_store_stats()
+        if after["crl"] != len(lists) or after["x509"] != before["x509"]:
+            self._fault("crl", ", ".join(self._conf.crl),
+                        f"OpenSSL uses {after['crl']} of {len(lists)} revocation lists")
+        for each, path in lists.values():
+            self._note("revocation list", path, each.issuer, each.this_update, each.next_update)
+        context.crl_issuers = {each.issuer for each, _ in lists.values()}
+
+
+def _is_certificate(der):
+    try:
+        return bool(read_certificate(der))
+    except ValueError:
+        return False
+
+
+def _try_openssl(context, certificate, der):
+    """Load a certificate into a context's store; ValueError that names it if OpenSSL refuses."""
+    try:
+        # Not as DER, whose end Python 3.7 does not know from a fault with OpenSSL 3.
+        context.load_verify_locations(cadata=ssl.DER_cert_to_PEM_cert(der))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"OpenSSL does not take the certificate of {certificate.subject}: "
+                         f"{openssl_words(error)}") from None
+
+
+def _some(texts, most=3):
+    """The first few of many, for a message."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return " and ".join(texts[:most]) + more
+
+
+_WEAK_KEY = "is too short for this OpenSSL's security level (RSA needs 2048 bits): make a new one"
+_WEAK_DIGEST = ("is signed with SHA-1 or another weak digest, which this OpenSSL's security level "
+                "does not allow: make it anew")
+_LOAD_WORDS = {                             # By OpenSSL's reasons (sslerr.h).
+    "EE_KEY_TOO_SMALL": "its key " + _WEAK_KEY,
+    "CA_KEY_TOO_SMALL": "the key of a CA in it " + _WEAK_KEY,
+    "CA_MD_TOO_WEAK": "a certificate in it " + _WEAK_DIGEST}
+
+
+def openssl_words(error) -> str:
+    """An OSError, ssl.SSLError, ValueError or text about a file, in an administrator's words."""
+    reason = getattr(error, "reason", None) or ""
+    if reason in _LOAD_WORDS:
+        return _LOAD_WORDS[reason]
+    if isinstance(error, ssl.SSLError):
+        words = re.sub(r"^\[[^]]*\] *| *\(_ssl\.c:\d+\)$", "", str(error))
+        words = reason.lower().replace("_", " ") or words
+        return f"OpenSSL cannot use it ({words}): is it whole, and of a kind that OpenSSL knows?"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def describe_peer(sock) -> Peer:
+    """The Peer of an SSLSocket or SSLObject; ValueError if its certificate cannot be read."""
     der = sock.getpeercert(True)
-    try:
-        return Peer(sock.version(), sock.cipher()[0], *(read_certificate(der) if der else ([], "", 0)))
-    except ValueError as error:
-        raise ssl.SSLError(f"the peer sent {error}") from None
+    names, pin, not_after = [], "", 0
+    if der:
+        try:
+            found = read_certificate(der)
+        except ValueError as error:
+            raise ValueError(f"the peer sent {error}") from None
+        names, pin, not_after = found.names, found.pin, found.not_after
+    return Peer(sock.version(), sock.cipher()[0], names, pin, not_after)
 
 
+# By OpenSSL's X509_V_ERR_ numbers (x509_vfy.h).
+_NAME_FAULTS = (62, 64)
+_DATE_WORDS = {9: "is not valid yet: compare the clocks", 10: "has expired: renew it"}
 _VERIFY_WORDS = {
-    3: "no revocation list (crl) of its issuer", 9: "its certificate is not valid yet: compare the clocks",
-    10: "its certificate has expired: renew it", 12: "the revocation list (crl) has expired: renew it",
-    18: "its certificate is self-signed and not in trust", 19: "unknown CA: its issuer is not in trust",
-    20: "unknown CA: its issuer is not in trust", 21: "unknown CA: its issuer is not in trust",
-    23: "its certificate is revoked"}
+    3: "no revocation list (crl) of its issuer: with crl set, each CA above it needs one",
+    9: "its certificate " + _DATE_WORDS[9], 10: "its certificate " + _DATE_WORDS[10],
+    11: "the revocation list (crl) is not valid yet: compare the clocks",
+    12: "the revocation list (crl) has expired: renew it",
+    18: "its certificate is self-signed and not in trust",
+    19: "unknown CA: its issuer is not in trust", 20: "unknown CA: its issuer is not in trust",
+    21: "unknown CA: its issuer is not in trust",
+    23: "its certificate, or its issuer's, is revoked",
+    24: "its issuer's certificate is not one of a CA",
+    26: "its certificate, or its issuer's, was made for another use: a server's has serverAuth, "
+        "a client's clientAuth",
+    66: "the key of its certificate " + _WEAK_KEY,
+    67: "the key of a CA above its certificate " + _WEAK_KEY,
+    68: "its certificate, or its issuer's, " + _WEAK_DIGEST}
+
+
+def note_failure(sock, error):
+    """Give a verification's error an attribute, whose: the words, with whose certificate it was.
+
+    sock is the SSLSocket or SSLObject. From Python 3.10 on a client has the chain that the server
+    sent; a server has nothing.
+    """
+    chain = []
+    try:
+        for each in sock._sslobj.get_unverified_chain() or ():  # Public in Python 3.13.
+            chain.append(read_certificate(each.public_bytes(2)))        # DER
+    except (AttributeError, ValueError):
+        pass
+    code, context, now = error.verify_code, sock.context, time.time()
+    if code in _DATE_WORDS:
+        def wrong(each):
+            return now > each.not_after if code == 10 else now < each.not_before
+        sent = [number for number, each in enumerate(chain) if wrong(each)]
+        trusted = [each.what for each in getattr(context, "loaded", ())
+                   if each.what.startswith("trusted") and wrong(each)]
+        if sent:
+            whose = "its certificate"
+            if sent[0]:
+                whose = f"its issuer's certificate ({chain[sent[0]].subject})"
+        elif chain and trusted:
+            whose = trusted[0]
+        else:
+            whose = " or ".join(["its certificate, or its issuer's,"] + trusted[:1])
+        error.whose = f"{whose} {_DATE_WORDS[code]}"
+    elif code == 3 and chain and getattr(context, "crl_issuers", None):
+        lack = [each.issuer for each in chain if each.issuer not in context.crl_issuers]
+        if lack:
+            error.whose = _VERIFY_WORDS[3].replace("its issuer", _some(list(dict.fromkeys(lack))))
+    elif code in _NAME_FAULTS and chain:
+        error.whose = f"its certificate {name_words(chain[0].names, sock.server_hostname or '')}"
+
+
+def name_words(names: list, name: str) -> str:
+    """How a certificate with these names stands to a name: "is for …", or why not, and the cure."""
+    address = numeric_family(name)
+    wanted = normal_name(("IP:" if address else "DNS:") + name)
+    alternatives = [each for each in names if each.startswith(("DNS:", "IP:"))]
+    if not alternatives:
+        return (f"is not for {name}: it has no subjectAltName, and names count nowhere else; "
+                f"make it anew with one ({wanted})")
+    if address and "DNS:" + name.lower() in names:
+        return f"is not for {name}: it has the address as DNS:{name}; make it anew with {wanted}"
+    words = "is for " + names_text(alternatives)
+    if wanted in names or not address and "DNS:*." + wanted.partition(".")[2] in names:
+        return words
+    return f"{words}, not for {name}: set server_name to one of these, or make one with {name}"
 
 
 def tls_error(error, name=None) -> str:
     """An exception of a socket, with or without TLS, in an administrator's words."""
-    reason = isinstance(error, ssl.SSLError) and error.reason or ""
+    reason = isinstance(error, ssl.SSLError) and getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in (62, 64):
-            kind = "name" if error.verify_code == 62 else "address"
-            return f"its certificate is not for this {kind} ({name}): set server_name, or make a certificate with it"
-        return _VERIFY_WORDS.get(error.verify_code, error.verify_message)
+        code = error.verify_code
+        if hasattr(error, "whose"):
+            return error.whose
+        if code in _NAME_FAULTS:
+            kind = "name" if code == 62 else "address"
+            return (f"its certificate is not for this {kind} ({name}): "
+                    "set server_name, or make a certificate with it")
+        if code in _DATE_WORDS:
+            return f"its certificate, its issuer's, or one in trust {_DATE_WORDS[code]}"
+        return _VERIFY_WORDS.get(code, error.verify_message)
     if "ALERT_" in reason:
-        return f"the peer refused with the TLS alert '{reason.partition('ALERT_')[2].lower().replace('_', ' ')}'"
+        alert = reason.partition("ALERT_")[2].lower().replace("_", " ")
+        return f"the peer refused with the TLS alert '{alert}'"
     if "PROTOCOL" in reason or "VERSION" in reason:
         return "the peer speaks no TLS version that min_tls allows"
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
@@ -1244,11 +1869,28 @@ def tls_error(error, name=None) -> str:
     return reason.lower().replace("_", " ") or getattr(error, "strerror", None) or str(error)
 
 
-def days_text(not_after) -> str:
-    days = (not_after - time.time()) / 86400
+def days_text(not_after, not_before=0) -> str:
+    """What to say of dates, given in seconds since 1970."""
+    now = time.time()
+    if not_before > now:
+        return f"is not valid yet, but in {int((not_before - now) / 86400) + 1} days"
     if not_after >= NO_EXPIRY:
         return "never expires"
+    days = (not_after - now) / 86400
     return f"expires in {int(days)} days" if days >= 0 else f"expired {int(-days)} days ago"
+
+
+def days_left(loaded):
+    """A Loaded's whole days, negative once past; None where there is no end."""
+    return None if loaded.not_after >= NO_EXPIRY else int((loaded.not_after - time.time()) // 86400)
+
+
+def date_level(loaded) -> int:
+    """How a Loaded's dates are logged: ERROR if it does not hold now, WARNING soon before."""
+    now = time.time()
+    if not loaded.not_before <= now <= loaded.not_after:
+        return ERROR
+    return WARNING if loaded.not_after - now < EXPIRY_WARNING * 86400 else INFO
 
 
 # --- Log -----------------------------------------------------------------------------------------
@@ -1281,8 +1923,7 @@ class Log:
             self._poll.register(fd, select.POLLOUT)
 
     def __call__(self, level: int, text: str) -> None:
-        for line in text.split("\n"):
-            self.lines.append((level, line))
+        self.lines += [(level, line) for line in text.split("\n")]
         if not self.hold:
             self.flush()
 
@@ -1459,6 +2100,8 @@ class Workers:
         self._wake()
 
 
+QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+LAST = getattr(socket, "MSG_MORE", 0)       # With what is sent right before the end: one packet.
 _buffer = bytearray(CHUNK)      # All reads go through it: a new 16 KiB object costs more than a read.
 _view = memoryview(_buffer)
 
@@ -1470,7 +2113,7 @@ class Connection:
     taken by the kernel, or the connection is up.
     """
     __slots__ = ("loop", "owner", "sock", "out", "mask", "on_read", "on_write", "more", "ended",
-                 "fault", "peer", "_wanted", "_ending", "_fill", "_send")
+                 "fault", "peer", "origin", "_wanted", "_ending", "_fill", "_send")
 
     def __init__(self, loop, sock, owner=None, on_read=None):
         self.loop, self.owner = loop, owner     # The owner is closed when a bug shows.
@@ -1483,6 +2126,7 @@ class Connection:
         self.ended = False              # The peer's side has ended.
         self.fault = ""                 # How, if not by a proper end.
         self.peer: Optional[Peer] = None    # Who it is, where there is TLS.
+        self.origin: Any = None         # The Target and its address, where we have dialled.
         self._ending = False            # Our side ends once out is empty.
         if on_read:
             self.want(READ)
@@ -1490,7 +2134,8 @@ class Connection:
     def want(self, mask: int) -> None:
         """Which events are asked for; bytes that wait to be sent are seen to anyway."""
         self._wanted = mask
-        self._register()
+        if self.out or mask != self.mask:
+            self._register()
         if self.more and mask & READ:
             self.loop.again.append(self)
 
@@ -1522,6 +2167,12 @@ class Connection:
         self.ended = True
         return b""
 
+    def hurry(self) -> None:
+        """More is to come: acknowledge at once, since upsd's kernel holds the next reply back until
+        then (Nagle's algorithm), and ours would take 40 ms."""
+        if QUICKACK is not None:
+            self.sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
+
     def discard(self) -> bool:
         """Read without looking; whether the peer's side has ended."""
         try:
@@ -1531,13 +2182,13 @@ class Connection:
         except OSError:
             return True
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, flags: int = 0) -> None:
         """Send what the kernel takes now, keep the rest."""
         if self.out:
             self.out += data
             return
         try:
-            sent = self._send(data)
+            sent = self._send(data, flags)
             while sent < len(data):
                 data = data[sent:]
                 sent = self._send(data)
@@ -1627,6 +2278,8 @@ class Engine:
                     if not rest:
                         break
         except (OSError, ValueError) as error:
+            if isinstance(error, ssl.SSLCertVerificationError):
+                note_failure(self.tls, error)
             outcome = error
         return self.outgoing.read(), outcome, bytes(rest)
 
@@ -1676,7 +2329,9 @@ class TlsConnection(Connection):
                 size = PIECE
             self._feed(_view[:size])
         data = self._decrypted(rest)
-        if self._excess > HIGH_WATER and not self.ended:
+        excess = self._excess - OVERHEAD * len(data)
+        self._excess = excess if excess > 0 else 0
+        if excess > HIGH_WATER and not self.ended:
             self.ended, self.fault = True, "its TLS is nearly all overhead"
         if self._outgoing.pending:          # Alerts, key updates, tickets.
             super().send(self._made())
@@ -1686,31 +2341,30 @@ class TlsConnection(Connection):
         return data if data or self.ended else None
 
     def _decrypted(self, rest):
-        incoming, data = self._incoming, b""
+        """What is in the engine, and in the rest, that it is fed with."""
+        data = b""
         try:
             while True:
                 try:
                     size = self._decrypt()
-                except ssl.SSLWantReadError:
-                    size = None
-                if size:
+                    if not size:
+                        self.ended = True
+                        return data
                     data = data + _view[:size] if data else _view[:size].tobytes()
-                elif size == 0:
-                    self.ended = True
-                    break
-                if not incoming.pending:
+                except ssl.SSLWantReadError:
+                    pass
+                if not self._incoming.pending:
                     if not rest:
-                        break
+                        return data
                     self._feed(rest[:PIECE])
                     rest = rest[PIECE:]
         except (OSError, ValueError) as error:
             self.ended = True
             if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
                 self.fault = tls_error(error)
-        self._excess = max(0, self._excess - OVERHEAD * len(data))
         return data
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, flags: int = 0) -> None:
         piece = self._piece
         try:
             if len(data) <= piece:
@@ -1725,7 +2379,7 @@ class TlsConnection(Connection):
         except OSError:
             self.want(self._wanted | READ)      # What is wrong shows when it is read.
             return
-        super().send(made)
+        super().send(made, flags)
 
     def discard(self) -> bool:
         """Our close_notify is out, so TLS reads no more."""
@@ -1905,14 +2559,14 @@ class Session:
     has none until it says something that is no question; its questions are asked over the shared
     session, and count in asked until they are answered.
     """
-    __slots__ = ("shim", "loop", "number", "address", "client", "upstream", "link", "state",
+    __slots__ = ("shim", "loop", "number", "address", "place", "client", "upstream", "link", "state",
                  "deadline", "began", "last", "talk", "access", "user", "ups", "bytes_in",
                  "bytes_out", "opening", "backlog", "asked", "tries", "alone", "reason",
                  "stopping")
 
-    def __init__(self, shim: Shim, sock: socket.socket, address: tuple):
-        self.shim, self.loop, self.address = shim, shim.loop, address
-        self.number = shim.count(address)
+    def __init__(self, shim: Shim, sock: socket.socket, address: tuple, place: Union[str, bytes]):
+        self.shim, self.loop, self.address, self.place = shim, shim.loop, address, place
+        self.number = shim.count(place)
         self.client = Connection(self.loop, sock, self)
         self.upstream = self.link = self.talk = self.opening = self.reason = None
         self.access = self.user = self.ups = None
@@ -2020,7 +2674,7 @@ class Session:
                 return verdict
 
     def _tell_tls(self, peer):
-        who = ", ".join(peer.names) or peer.pin or "no certificate"
+        who = names_text(peer.names) or peer.pin or "no certificate"
         self.log(INFO, f"TLS up: {peer.version}, {peer.cipher}, {who}")
 
     async def _dialled(self):
@@ -2089,7 +2743,7 @@ class Session:
             self.upstream.send(up)
         if back:
             client.send(back)
-        if self.backlog or client.out or self.upstream.out or talk.waiting or self.stopping:
+        if self.backlog or client.out or self.upstream.out or talk.due or self.stopping:
             self._settle()
 
     def _replies(self):
@@ -2100,9 +2754,13 @@ class Session:
             return
         talk, client = self.talk, self.client
         self.last = self.loop.now
+        if not self.bytes_out:
+            self.shim.remember(self.upstream)
         self.bytes_out += len(data)
-        waiting = talk.waiting
+        waiting = bool(talk.due)
         client.send(talk.from_upstream(data))
+        if talk.sent > talk.got:
+            self.upstream.hurry()
         if talk.facts:
             self._identify(talk.facts)
         if waiting or client.out or self.backlog or self.stopping or self.state == DRAIN:
@@ -2118,7 +2776,7 @@ class Session:
         wait = full or self.stopping or self.state == DRAIN
         source = upstream or self.link and self.link.conn
         if talk:
-            wait = wait or bool(upstream.out) or talk.waiting > MAX_LOCAL_REPLIES
+            wait = wait or bool(upstream.out) or len(talk.due) > MAX_LOCAL_REPLIES
         if source:
             source.want(0 if full else READ)
         # A line that is not whole yet is no question yet.
@@ -2155,11 +2813,11 @@ class Session:
 
     def _ask(self, data):
         """Questions, up to what is none; that waits until they are answered."""
-        shim, at = self.shim.latest(), 0
-        if not self.asked:
-            self.shim = shim
-        shared = self.shim.shared
-        share = shim is self.shim and not self.alone and shared.open()
+        latest = self.shim.latest()
+        if not self.asked:                              # The configuration may be another one.
+            self.shim = latest
+        shared, at = self.shim.shared, 0
+        share = self.shim is latest and not self.alone and shared.open()
         end = data.find(b"\n") + 1
         while end and share and self.asked < MAX_LOCAL_REPLIES:
             asked = question(data[at:end])
@@ -2192,7 +2850,7 @@ class Session:
             self._settle()
         # With more behind it, upsd goes on after LOGOUT: then upsd has to see it itself.
         elif verb == b"LOGOUT" and len(line) == len(self.backlog):
-            self.client.send(OK_GOODBYE)
+            self.client.send(OK_GOODBYE, LAST)
             self.finish(Reason.LOGOUT)
         else:
             self.tell("upstream", "a session of its own")
@@ -2236,7 +2894,9 @@ class Session:
         self._settle()
 
     def _upstream_ended(self):
-        fault = self.upstream.fault
+        fault, origin = self.upstream.fault, self.upstream.origin
+        if origin and not self.bytes_out:
+            origin[0].gone(self.loop, origin[1])
         self.finish(Reason.LOST if fault else Reason.UPSD, fault)
 
     def finish(self, reason: Reason, detail: str = "") -> None:
@@ -2246,10 +2906,10 @@ class Session:
         replies are lost, and NUT's own programs die of SIGPIPE without a word.
         """
         client = self.client
+        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
+            return self.close(reason, detail)
         self._report(reason, detail)
         self._let_go()
-        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
-            return self.close(reason)
         client.end()
         self._enter(ENDING, DRAIN_LIMIT)
         client.want(READ)
@@ -2316,7 +2976,7 @@ class Session:
             self.loop.sessions.discard(self)
             self.loop.timed.discard(self)
             self.loop.strangers.pop(self, None)
-            self.shim.discount(self.address)
+            self.shim.discount(self.place)
             self._report(reason, detail)
 
     def _report(self, reason, detail):
@@ -2352,9 +3012,9 @@ class Target:
         if host == "localhost" or numeric_family(host):
             self.addresses, self._fresh_until = look_up(host, port), float("inf")
 
-    def refresh(self, loop, then: Callable) -> bool:
+    def refresh(self, loop, then: Callable, again: bool = False) -> bool:
         """Whether a look-up is under way; then(error) is called when it is done."""
-        if loop.now < self._fresh_until:
+        if loop.now < self._fresh_until and not (again and self._fresh_until < float("inf")):
             return False
         if self._waiting is None:
             self._waiting = []
@@ -2372,6 +3032,10 @@ class Target:
                              f"going on with its old addresses: {tls_error(error)}")
         for then in waiting:
             then(error)
+
+    def gone(self, loop, address: tuple) -> None:
+        """It was up, and left without an answer: its upsd is down, say. The next one has a turn."""
+        self.failed(loop, address, "closed before it answered")
 
     def worked(self, address: tuple) -> None:
         self.fault = ""
@@ -2437,9 +3101,7 @@ class Dial:
 
     def start(self) -> None:
         self._loop.timed.add(self)
-        for target in self._shim.targets:
-            then = functools.partial(self._looked_up, target)
-            self._looking += target.refresh(self._loop, then)
+        self._look_up(False)
         self._next()
 
     def _looked_up(self, target, error):
@@ -2450,7 +3112,7 @@ class Dial:
             else:
                 found = ", ".join(address_text(address) for _, address in target.addresses)
                 self._tell("look-up", f"{target.host}: {found}")
-            if not self._running:
+            if self.deadline == self._end or not self._running:
                 self._next()
 
     def _next(self):
@@ -2469,10 +3131,17 @@ class Dial:
             self._running[target, address] = task
             task.start()
         elif self._running or self._looking:
+            if self.deadline < self._end:           # Silence: a name may have moved meanwhile.
+                self._look_up(True)
             self.deadline = self._end
             self._loop.watch(self._end)
         else:
             self._lose()
+
+    def _look_up(self, again):
+        for target in self._shim.targets:
+            then = functools.partial(self._looked_up, target)
+            self._looking += target.refresh(self._loop, then, again)
 
     def _step(self, target, step, text, done=True):
         """Something has come a step further."""
@@ -2494,11 +3163,15 @@ class Dial:
         return await reached(shim, self._owner, target, family, address, tell)
 
     def _attempted(self, target, address, result, error):
+        earlier = itertools.takewhile(lambda each: each != (target, address), self._running)
+        if result:
+            for slow, where in earlier:         # Overtaken: not waited for the next time.
+                slow.failures[where] = self._loop.now
         del self._running[target, address]
         if result:
-            conn, trip = result
+            conn, self._shim.round_trip = result
+            conn.origin = (target, address)
             target.worked(address)
-            self._shim.reached = (target, trip)
             then = self._then
             self.cancel()
             then(conn, None)
@@ -2559,10 +3232,11 @@ async def dialled(shim: Shim, owner, tell: Callable) -> Connection:
 
 class Link:
     """One upstream connection that carries questions."""
-    __slots__ = ("conn", "questions")
+    __slots__ = ("conn", "questions", "spoke")
 
     def __init__(self, conn: Connection, waiting: list):
         self.conn, self.questions = conn, Questions(waiting)
+        self.spoke = False              # A byte has come.
 
     def flush(self) -> None:
         data = self.questions.to_send()
@@ -2612,7 +3286,7 @@ class Shared:
         self.asked += 1
         if self.links:
             for link in self.links:
-                link.questions.ask(asker, asked)
+                link.questions.waiting.append((asker, asked))
             if not self._flushing:
                 self._flushing = True
                 self.loop.soon.append(self._flush)
@@ -2633,7 +3307,7 @@ class Shared:
 
     def _patience(self):
         """Seconds of silence that are borne."""
-        patience = max(PATIENCE, 4 * self.shim.reached[1])
+        patience = max(PATIENCE, 4 * self.shim.round_trip)
         return min(MAX_PATIENCE, patience * 2 ** min(self._silences, 6))
 
     def _busy(self):
@@ -2700,11 +3374,10 @@ class Shared:
 
     def _tell_up(self, link):
         self.up_since = time.time()
-        target, trip = self.shim.reached
         peer = link.conn.peer
-        self.log(INFO, f"up with {target.text}, {peer.version}, {peer.cipher}, "
-                       f"{', '.join(peer.names) or peer.pin or 'no certificate'}, "
-                       f"round trip {trip * 1000:.1f} ms")
+        self.log(INFO, f"TLS up with {link.conn.origin[0].text}: {peer.version}, {peer.cipher}, "
+                       f"{names_text(peer.names) or peer.pin or 'no certificate'}, "
+                       f"round trip {self.shim.round_trip * 1000:.1f} ms")
 
     def _readable(self, link):
         data = link.conn.recv()
@@ -2713,6 +3386,9 @@ class Shared:
         if not data:
             return self._lost(link)
         self._since = self.loop.now
+        if not link.spoke:
+            link.spoke = True
+            self.shim.remember(link.conn)
         if self._dial or len(self.links) > 1:
             self._settle_for(link)
         self._silences = 0
@@ -2725,6 +3401,8 @@ class Shared:
             return self._distrust(link)
         if link.questions.waiting and not link.questions.sent:
             link.flush()
+        if link.questions.sent:
+            link.conn.hurry()
         if self._retired and not self._busy():
             self._give_up("the configuration was read again")
         elif self.deadline == float("inf"):
@@ -2754,18 +3432,18 @@ class Shared:
     def _lost(self, link):
         """Its end. What is unanswered is asked once more over a fresh one."""
         rest, fault = link.questions.unanswered(), link.conn.fault
+        if not link.spoke:
+            target, address = link.conn.origin
+            target.gone(self.loop, address)
         self._drop(link)
         if self.links:
             return                              # The other one has been asked the same.
         self._end(f"closed by upstream{fault and f' ({fault})'}")
-        self._waiting = []
-        for asker, asked in rest:
+        for asker in self._askers(rest):
             asker.tries += 1
-            if asker.tries > MAX_ASKED:
-                self._waiting = [each for each in self._waiting if each[0] is not asker]
+            if asker.tries >= MAX_ASKED:
                 asker.finish(Reason.LOST, self.ended)
-            elif asker.asked:
-                self._waiting.append((asker, asked))
+        self._waiting = [each for each in rest if each[0].asked]
         if self._waiting:
             self.asked_again += len(self._waiting)
             self._start_dial()
@@ -2867,7 +3545,7 @@ class Shim:
         self.server = conf.role == SERVER
         self.credentials, self.context = credentials, credentials.context
         self.targets = [Target(host, port) for host, port in conf.upstream]
-        self.reached: tuple = (self.targets[0], 0)      # The last dial's target and round trip.
+        self.round_trip = 0.0                           # The last dial's, in seconds.
         self.counts: Counter = collections.Counter()    # Sessions in "total", upstream ones "own".
         self.refused: Counter = collections.Counter()   # By the Reason's words.
         self.addresses: Counter = collections.Counter() # Open sessions by the peer's address.
@@ -2879,29 +3557,28 @@ class Shim:
         """The shim of the same name after all reloads."""
         return self._newest[0]
 
-    def count(self, address: tuple) -> int:
-        """A session begins; its number."""
+    def count(self, place: Union[str, bytes]) -> int:
+        """A session from an address_place() begins; its number."""
         self.counts["total"] += 1
-        self.addresses[address_key(address[0])] += 1
+        self.addresses[place] += 1
         Shim.numbers += 1
         return Shim.numbers
 
-    def discount(self, address: tuple) -> None:
-        key = address_key(address[0])
-        self.addresses[key] -= 1
-        if not self.addresses[key]:
-            del self.addresses[key]
+    def discount(self, place: Union[str, bytes]) -> None:
+        self.addresses[place] -= 1
+        if not self.addresses[place]:
+            del self.addresses[place]
 
-    def refusal(self, host: str) -> Optional[Reason]:
+    def refusal(self, host: str, place: Union[str, bytes]) -> Optional[Reason]:
         """Why that address gets no session, or None."""
         if self.conf.allow_from:
             import ipaddress
-            address = ipaddress.ip_address(host.partition("%")[0])
+            address = ipaddress.ip_address(_unmapped(host).partition("%")[0])
             if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
             return Reason.MAX_SESSIONS
-        if self.addresses[address_key(host)] >= self.conf.max_sessions_per_address:
+        if self.addresses[place] >= self.conf.max_sessions_per_address:
             return Reason.PER_ADDRESS
         return None
 
@@ -2951,7 +3628,7 @@ class Shim:
         self.shared.retire()
 
 
-def address_key(host: str) -> Union[str, bytes]:
+def address_place(host: str) -> Union[str, bytes]:
     """What counts as one address: an IPv6 peer has a /64 to choose from (RFC 4291 2.5.4)."""
     if ":" not in host or host.startswith("::ffff:"):
         return host
@@ -3113,14 +3790,15 @@ class Listener(Connection):
                 Timer(loop, 1, self._rested)
                 return
             sock.setblocking(False)
-            reason = shim.refusal(address[0])
-            if reason and not self._make_room(reason, address):
+            place = address_place(address[0])
+            reason = shim.refusal(address[0], place)
+            if reason and not self._make_room(reason, address[0], place):
                 shim.refused[reason.words] += 1
                 loop.log.limited(reason.level, (shim.name, reason),
                                  f"[{shim.name}] {address_text(address)}: refused: {reason.words}")
                 sock.close()
                 continue
-            session = Session(shim, sock, address)
+            session = Session(shim, sock, address, place)
             loop.sessions.add(session)
             loop.strangers[session] = None
             loop.timed.add(session)
@@ -3130,16 +3808,15 @@ class Listener(Connection):
         if self.sock:
             self.want(READ)
 
-    def _make_room(self, reason, address):
+    def _make_room(self, reason, host, place):
         """Idle strangers keep nobody out: the oldest one makes room for a new connection."""
         if reason is Reason.ALLOW_FROM:
             return False
-        key = address_key(address[0])
         for session in self.loop.strangers:
             if reason is Reason.MAX_SESSIONS or (session.shim.addresses is self.shim.addresses
-                                                 and address_key(session.address[0]) == key):
+                                                 and session.place == place):
                 session.close(Reason.MADE_ROOM)
-                return self.shim.refusal(address[0]) is None
+                return self.shim.refusal(host, place) is None
         return False
 
 
@@ -3166,14 +3843,15 @@ def _status_of_shim(daemon, shim):
                    if is_absent(each.sock.family, each.sock.getsockname())],
         "upstream": [{"address": target.text, "state": target.fault or "ok",
                       "failed_at": int(target.failed_at)} for target in shim.targets],
-        "certificates": [{"what": what, "days_left": int((end - time.time()) // 86400)}
-                         for what, end in shim.credentials.expiries],
+        "certificates": [{"what": each.what, "days_left": days_left(each),
+                          "holds": days_text(each.not_after, each.not_before)}
+                         for each in shim.credentials.loaded],
         "files": conf.files(), "sessions": sum(shim.addresses.values()),
         "sessions_total": shim.counts["total"], "upstream_own": shim.counts["own"],
         "refused": dict(shim.refused)}
     if not shim.server:
         status["shared"] = {
-            "up_since": int(shared.up_since), "round_trip_ms": round(shim.reached[1] * 1000, 1),
+            "up_since": int(shared.up_since), "round_trip_ms": round(shim.round_trip * 1000, 1),
             "asked": shared.asked, "asked_again": shared.asked_again, "given_up": shared.ended}
     return status
 
@@ -3205,7 +3883,7 @@ def status_table(data: dict) -> str:
         for target in shim["upstream"]:
             when = f", last failed {_time_text(target['failed_at'])}" if target["failed_at"] else ""
             lines.append(f"    upstream {target['address']}: {target['state']}{when}")
-        lines += [f"    {each['what']}: {each['days_left']} days left" for each in shim["certificates"]]
+        lines += [f"    {each['what']} {each['holds']}" for each in shim["certificates"]]
         lines.append("    sessions {sessions} now, {sessions_total} since start; upstream sessions of "
                      "their own: {upstream_own}".format(**shim))
         shared = shim.get("shared")
@@ -3223,25 +3901,56 @@ def status_table(data: dict) -> str:
     return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
 
 
+METRICS = {                                 # name: (type, help), in the order of the output
+    "up_seconds": ("gauge", "seconds since the start"),
+    "sessions": ("gauge", "sessions now"),
+    "sessions_total": ("counter", "sessions since the start"),
+    "upstream_own": ("counter", "upstream sessions opened for one client alone"),
+    "shared_up": ("gauge", "1 while the shared upstream session is up"),
+    "shared_round_trip_ms": ("gauge", "round trip of the last opening, in milliseconds"),
+    "questions_total": ("counter", "questions asked over the shared session"),
+    "questions_again_total": ("counter", "questions asked once more over a fresh one"),
+    "refused_total": ("counter", "sessions refused, by reason"),
+    "upstream_up": ("gauge", "1 if the last attempt at this upstream worked"),
+    "certificate_days_left": ("gauge", "days until a certificate or revocation list ends, or +Inf"),
+}
+
+
 def status_prometheus(data: dict) -> str:
     """The numbers in the text format of Prometheus."""
-    lines = [f"nutshim_up_seconds {data['seconds']}"]
+    series = {name: {} for name in METRICS}             # {labels: value}: none stands twice
+
+    def metric(name, value, **labels):
+        def escaped(text):
+            return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        pairs = ",".join(f'{label}="{escaped(text)}"' for label, text in labels.items())
+        key = f"{{{pairs}}}" if pairs else ""
+        value = float("inf") if value is None else int(value)
+        series[name][key] = min(value, series[name].get(key, value))
+    metric("up_seconds", data["seconds"])
     for shim in data["shims"]:
-        def metric(name, value, shim=shim, **labels):
-            pairs = ",".join(f'{label}="{text}"' for label, text in dict(labels, shim=shim["name"]).items())
-            lines.append(f"nutshim_{name}{{{pairs}}} {int(value)}")
-        for name in ("sessions", "sessions_total", "upstream_own"):
-            metric(name, shim[name])
+        name = shim["name"]
+        for each in ("sessions", "sessions_total", "upstream_own"):
+            metric(each, shim[each], shim=name)
         for reason, count in shim["refused"].items():
-            metric("refused_total", count, reason=reason)
+            metric("refused_total", count, reason=reason, shim=name)
         for target in shim["upstream"]:
-            metric("upstream_up", target["state"] == "ok", upstream=target["address"])
+            metric("upstream_up", target["state"] == "ok", upstream=target["address"], shim=name)
         for each in shim["certificates"]:
-            metric("certificate_days_left", each["days_left"], what=each["what"])
-        if "shared" in shim:
-            metric("shared_up", shim["shared"]["up_since"] > 0)
-            metric("questions_total", shim["shared"]["asked"])
-            metric("questions_again_total", shim["shared"]["asked_again"])
+            metric("certificate_days_left", each["days_left"], what=each["what"], shim=name)
+        shared = shim.get("shared")
+        if shared:
+            metric("shared_up", shared["up_since"] > 0, shim=name)
+            metric("shared_round_trip_ms", shared["round_trip_ms"], shim=name)
+            metric("questions_total", shared["asked"], shim=name)
+            metric("questions_again_total", shared["asked_again"], shim=name)
+    lines = []
+    for name, found in series.items():
+        if found:
+            kind, text = METRICS[name]
+            lines += [f"# HELP nutshim_{name} {text}", f"# TYPE nutshim_{name} {kind}"]
+            lines += [f"nutshim_{name}{key} {'+Inf' if value == float('inf') else value}"
+                      for key, value in found.items()]
     return "\n".join(lines)
 
 
@@ -3391,7 +4100,7 @@ class Probe:
                 raise error
         self._loop.timed.discard(limit)
         peer, unchecked = conn.peer, f"not checked, as verify = {conf.verify}"
-        self._say("certificate", f"{', '.join(peer.names) or 'without names'}, "
+        self._say("certificate", f"{names_text(peer.names) or 'without names'}, "
                                  f"{days_text(peer.not_after)}")
         self._say("chain", "OK" if conf.verify in ("full", "chain") else unchecked)
         self._say("name", f"{self._name} OK" if conf.verify == "full" else unchecked)
@@ -3435,8 +4144,7 @@ class Probe:
                 conn.close()
         except (OSError, ValueError, ProtocolError):
             return "It could not be looked at again"
-        names = ", ".join(peer.names) or "nobody"
-        return (f"The certificate is for {names}, not for {self._name}; "
+        return (f"The certificate {name_words(peer.names, self._name)}; "
                 f"it {days_text(peer.not_after)}; its pin is {peer.pin}")
 
     def _done(self, _result, error):
@@ -3552,12 +4260,14 @@ class Process:
             if conf.chroot:
                 import ipaddress                # noqa: F401  Out of reach afterwards.
                 import json                     # noqa: F401
-                "".encode("utf-16-be")
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
             os.chdir("/")
             if not account:
                 return
+            # While nothing is closed to us.
+            files = dict.fromkeys(path for shim in conf.shims for path in [conf.path] + shim.files())
+            closed = {path: closed_steps(path, account) for path in files}
             at = conf.at("user") + account.pw_name + ": "
             os.setgroups([])
             os.setgid(account.pw_gid)
@@ -3566,10 +4276,12 @@ class Process:
             raise ConfigError(at + error.strerror) from None
         if not _is_only(account.pw_uid, account.pw_gid):
             raise ConfigError(at + "the change of user did not work")
-        for path in [conf.path] + [path for shim in conf.shims for path in shim.files()]:
+        for path, steps in closed.items():
             if not os.access(path, os.R_OK):
-                self._log(WARNING, f"{path}: {account.pw_name} cannot read it, so a reload will fail; "
-                                   f"'chgrp {account.pw_gid} {path}' and 'chmod g+r' let it")
+                cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
+                where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
+                self._log(WARNING, f"{path}: {account.pw_name} cannot read it{where}, "
+                                   "so a reload will fail" + (f"; {cures} let it" if cures else ""))
 
     def open_notify(self, loop: Loop) -> None:
         path = os.environ.get("NOTIFY_SOCKET")
@@ -3884,10 +4596,9 @@ class Daemon:
 
     def _tell_expiries(self):
         for shim in self.shims:
-            for what, end in shim.credentials.expiries:
-                days = (end - time.time()) / 86400
-                self.log(ERROR if days < 0 else WARNING if days < EXPIRY_WARNING else INFO,
-                         f"[{shim.name}] {what} {days_text(end)}")
+            for each in shim.credentials.loaded:
+                words = days_text(each.not_after, each.not_before)
+                self.log(date_level(each), f"[{shim.name}] {each.what} {words}")
 
     def stop(self) -> None:
         """No new sessions, the replies under way, the end."""
@@ -3927,6 +4638,40 @@ def _handed_over():
     for sock in socks:
         tune(sock)
     return socks
+
+
+def closed_steps(path: str, account) -> list:
+    """What closes a file to an account without other groups: [(folder or file, commands)].
+
+    The permission bits of each folder on the way, behind links too, and of the file count. account
+    is one of pwd. The commands, followed literally, open it for the account's group.
+    """
+    found, here, todo, links = [], "/", os.path.abspath(path).split("/"), 0
+    while True:
+        try:
+            info = os.lstat(here)
+            if stat.S_ISLNK(info.st_mode) and links < 40:               # MAXSYMLINKS of Linux
+                links += 1
+                todo = os.readlink(here).split("/") + todo
+                here = "/" if todo[0] == "" else os.path.dirname(here)
+                continue
+        except OSError:
+            return found                                # It is not there, or is not ours to see.
+        todo = [part for part in todo if part not in ("", ".")]
+        folder = stat.S_ISDIR(info.st_mode)
+        need = "x" * folder if todo else "r" + "x" * folder
+        who = "g" if info.st_gid == account.pw_gid else "o"
+        who = "u" if info.st_uid == account.pw_uid else who
+        bits = info.st_mode >> 3 * "ogu".index(who)
+        lacks = "".join(letter for letter in need if not bits & {"r": 4, "x": 1}[letter])
+        if lacks and here not in [place for place, _ in found]:
+            # Another owner's file is opened by way of its group, whose bits then count.
+            cures = [f"chgrp {account.pw_gid} {here}"] * (who == "o") + [f"chmod g+{need} {here}"]
+            found.append((here, [f"chmod u+{lacks} {here}"] if who == "u" else cures))
+        if not todo:
+            return found
+        part = todo.pop(0)
+        here = os.path.dirname(here) if part == ".." else os.path.join(here, part)
 
 
 def _take_handed_over(socks, key):
@@ -3969,10 +4714,11 @@ def print_check(conf: Conf, credentials: dict, warnings: list) -> None:
         listen, upstream = (", ".join(map(address_text, addresses))
                             for addresses in (shim.listen, shim.upstream))
         print(f"[{shim.name}] {shim.role} on {listen}, upstream {upstream}")
-        for what, end in held.expiries:
-            print(f"    {what} {days_text(end)}")
+        for each in held.loaded:
+            mark = "    " if date_level(each) == INFO else "warning: "
+            print(f"{mark}{each.what} {days_text(each.not_after, each.not_before)}")
         if held.own:
-            print(f"    its names: {', '.join(held.own.names)}\n    pin = {held.own.pin}")
+            print(f"    its names: {names_text(held.own.names)}\n    pin = {held.own.pin}")
     print(f"{conf.path}: no fault found")
 
 

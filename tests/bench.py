@@ -1,150 +1,213 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""nutshim measured beside stunnel, haproxy and upsd in the clear.
+"""nutshim measured beside haproxy, stunnel and upsd in the clear, and beside another nutshim.py (--against).
 
-    load processes --plain--> client process --TLS--> server process --plain--> upsd
-    load processes --plain------------------------------------------------------> upsd   (the limit)
+    load --plain--> client process --TLS 1.3, verified--> server process --plain--> upsd
+    load --plain-----------------------------------------------------------------> upsd   (the limit)
 
-All candidates stand side by side in front of the same real upsd (with dummy-ups), use TLS 1.3 with the same
-certificate, check it, and have one process for each side.  A round takes each measure once from each candidate,
-in an order that changes, so that whatever else the machine does hits all of them alike.  A figure is the median
-of the rounds; a ratio is the median of the rounds' ratios.
+All candidates stand side by side in front of one real upsd, with the same certificate, and have one process for each
+side.  A round takes each measure once from each candidate, in an order that changes, so that whatever else the
+machine does hits all of them alike.  A figure is the median of the rounds; a ratio is the median of the rounds' ratios.
 
-upsc1 upsc16            sessions a second, 1 or 16 at once: connect, GET VAR, its reply, LOGOUT, `OK Goodbye`, close
-poll1 poll32 poll256    exchanges a second on 1, 32 or 256 established sessions: each asks again once it has its reply
-pss                     memory of each process with 0, 100 and 1,000 established sessions
-start                   time from the start of the server's process to the first answer to STARTTLS (nutshim alone
-                        speaks it) and to the first complete TLS handshake (all)
-storm                   an established TLS session of the server's process, while 64 clients storm it with full
-                        handshakes against an RSA-4096 certificate
+poll32    exchanges/s of 32 sessions that ask GET VAR without end and never log in
+login32   the same, but each has said USERNAME, PASSWORD and LOGIN first, as upsmon does
+poll1     one such session without login: p50
+upsc16    sessions/s, 16 at once: connect, GET VAR, its reply, LOGOUT, its reply, close
+storm     waits of an established TLS session while 64 clients do full handshakes with an RSA-4096 certificate
+memory    of each process, idle, and with 1,000 sessions after one exchange, and after an 18 kB reply to each
+start     from the start of a server process to the end of the first TLS handshake
+attacks   waits of an established session under each attack (nutshim alone)
 
-CPU times are those of the client's and the server's process together, by the kernel's own count.
-
-Order of this file: certificates and processes, upsd, candidates, load, measures, results, chart, main.
+CPU is the kernel's count for the client's and the server's process together, all threads.  In storm and attacks the
+session asks each 5 ms, and a longer wait counts as those of all the questions that it kept from being asked.
+Only Linux has what this needs.
 """
 
 import argparse
 import array
-import errno
+import collections
+import contextlib
 import itertools
-import json
-import math
 import multiprocessing
 import os
 import platform
-import pwd
-import random
 import re
 import resource
 import select
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from html import escape
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from _socket import socket as raw_socket        # its methods are C all the way
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-USER = pwd.getpwuid(os.getuid()).pw_name     # nobody changes to another user
+from certs import Pki
+from harness import IS_ROOT, NUTSHIM, SECONDARY, VARIABLES, Nut, Process, clean_env, free_port, many_variables, write
+from keyflood import ClientFlood, tls_flood
+from wire import Peer, client_context, listen
+
 LOCAL = "127.0.0.1"
-LOAD_PROCESSES = 4 if (os.cpu_count() or 1) >= 4 else 2
-SESSIONS_AT_MOST = 4096     # what upsd and every candidate are set up for
-FILES_AT_MOST = 16384       # open files a process: two a session, and room for what was closed a moment ago
-START_LIMIT = 15            # seconds for a program to open its port
-SETUP_LIMIT = 90            # seconds for a load process to establish its sessions
-REPLY_LIMIT = 10            # seconds without any reply at all: the candidate hangs
-WARM_UP = 0.3               # seconds of load before anything counts
-STORM_CLIENTS = 64
-STORM_WARM_UP = 1.0         # a storm takes longer to be in full swing
-MEMORY_STEPS = (0, 100, 1000)
-
+QUESTION = b"GET VAR ups ups.status\n"
+REPLY = b"VAR ups ups.status "
+LONG_QUESTION, LONG_END = b"LIST VAR big\n", b"END LIST VAR big\n"
+LONG_VARIABLES = 125            # make the long reply 18 kB
+LOGIN = b"USERNAME %s\nPASSWORD %s\nLOGIN ups\n" % tuple(word.encode() for word in SECONDARY)
+MOST = 4096                     # sessions that upsd and every candidate are set up for
+FILES = 16384                   # open files a process: two a session, and room for what was closed a moment ago
+MANY = 1000                     # sessions in the memory measures
+START_LIMIT = 15                # seconds for a program to open its port
+SETUP_LIMIT = 120               # seconds for a load process to establish its sessions
+REPLY_LIMIT = 30                # seconds without any reply at all: the candidate hangs
+WARM_UP = 0.3                   # seconds of load before anything counts
+PACE = 0.005                    # seconds between the questions of a session under attack
+KEY_UPDATES = 60000             # records for each second of measurement
 
 Address = Tuple[str, int]
+Figures = Dict[str, float]
+Window = Callable[[], Tuple[float, float]]
 
 
 class Failure(Exception):
     """A candidate did not do what is measured; its figure is left out and the reason is shown."""
 
 
-# ---- certificates and processes ---------------------------------------------------------------------------------
+# ---- candidates ---------------------------------------------------------------------------------
+
+class Candidate(NamedTuple):
+    """A program under test. Its configuration is the text every and, behind it, that of the side."""
+    name: str
+    program: List[str]          # the command, up to the name of its configuration file
+    version: List[str]          # the command that tells its version
+    starttls: bool
+    every: str
+    server: str                 # TLS in, plain to upsd
+    client: str                 # plain in, verified TLS to the server side
+
+
+def nutshim(name: str, path: str, python: str) -> Candidate:
+    return Candidate(name, [python, path, "-F", "-f"], [python, path, "-V"], True,
+                     "log = stderr\npidfile = {folder}/{port}.pid\nmax_sessions = {most}\n"
+                     + ("user = root\n" if IS_ROOT else "") +
+                     "[{side}]\nrole = {side}\nlisten = 127.0.0.1:{port}\nupstream = 127.0.0.1:{upstream}\n"
+                     "max_sessions_per_address = {most}\n",
+                     "certificate = {pem}\n",
+                     "server_name = localhost\ntrust = {ca}\n")
+
+
+def stunnel(path: str) -> Candidate:
+    # TCP_NODELAY is what its manual has for short messages. It resumes sessions by itself, and has a thread a session.
+    return Candidate("stunnel", [path], [path, "-version"], False,
+                     "foreground = yes\npid =\nsyslog = no\ndebug = 3\nsocket = l:TCP_NODELAY=1\n"
+                     "socket = r:TCP_NODELAY=1\n[nut]\naccept = 127.0.0.1:{port}\nconnect = 127.0.0.1:{upstream}\n"
+                     "sslVersionMin = TLSv1.3\n",
+                     "cert = {pem}\n",
+                     "client = yes\nsni = localhost\nverifyChain = yes\ncheckHost = localhost\nCAfile = {ca}\n")
+
+
+def haproxy(path: str) -> Candidate:
+    # TCP_NODELAY and resumption are its defaults; it checks the name sent as SNI; it logs nothing unless told where.
+    return Candidate("haproxy", [path, "-db", "-f"], [path, "-v"], False,
+                     "global\n nbthread 1\n maxconn {most}\ndefaults\n mode tcp\n maxconn {most}\n timeout connect 5s\n"
+                     " timeout client 10m\n timeout server 10m\nlisten nut\n",
+                     " bind 127.0.0.1:{port} ssl crt {pem} ssl-min-ver TLSv1.3\n server upsd 127.0.0.1:{upstream}\n",
+                     " bind 127.0.0.1:{port}\n server shim 127.0.0.1:{upstream} ssl ssl-min-ver TLSv1.3"
+                     " sni str(localhost) verify required ca-file {ca}\n")
+
 
 class Lab:
-    """A temporary folder and the processes of this run; close() leaves neither behind."""
+    """upsd, certificates, a temporary folder and the processes of this run; leaves nothing behind."""
 
     def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
         self.folder = tempfile.mkdtemp(prefix="nutshim-bench-")
-        self.processes = []  # type: List[subprocess.Popen]
-        self.logs = {}       # type: Dict[int, str]
-        self.numbers = itertools.count(1)
+        self._stack.callback(shutil.rmtree, self.folder)
+        self.pki = Pki(self.folder)
+        self.upsd = self._stack.enter_context(Nut({"ups": VARIABLES, "big": many_variables(LONG_VARIABLES)},
+                                                  options="MAXCONN %d\n" % MOST))
+        self.logs = {}          # type: Dict[subprocess.Popen, str]
+        self._stack.callback(lambda: [self.stop(process) for process in list(self.logs)])
 
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+    def __enter__(self) -> "Lab":
+        return self
 
-    def write(self, name: str, text: str) -> str:
-        """Write a file under a name of its own and return its path."""
-        path = self.path("%03d-%s" % (next(self.numbers), name))
-        with open(path, "w") as file:
-            file.write(text)
-        return path
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
 
-    def start(self, command: Sequence[str], port: int, **more: Any) -> subprocess.Popen:
+    def command(self, candidate: Candidate, side: str, port: int, upstream: int, more: str = "",
+                pem: str = "") -> List[str]:
+        text = (candidate.every + getattr(candidate, side)).format(
+            side=side, port=port, upstream=upstream, pem=pem or self.pki.server.file, ca=self.pki.ca.cert, most=MOST,
+            folder=self.folder)
+        return candidate.program + [write("%s/%d.conf" % (self.folder, port), text + more)]
+
+    def start(self, command: Sequence[str], port: int = 0) -> subprocess.Popen:
         """Start a program; return once it listens on port (0: at once)."""
-        log = self.write("log", "")
+        log = "%s/%d.log" % (self.folder, len(os.listdir(self.folder)))
         with open(log, "ab") as output:
-            # A session of its own keeps the terminal's Ctrl-C away from it: close() ends it.
+            # A session of its own keeps the terminal's Ctrl-C away from it.
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                       start_new_session=True, **more)
-        self.processes.append(process)
-        self.logs[process.pid] = log
+                                       start_new_session=True, env=clean_env())
+        self.logs[process] = log
         deadline = time.monotonic() + START_LIMIT
         while port and not is_listening(port):
-            if process.poll() is not None:
-                raise Failure("%s ended at once:\n%s" % (" ".join(command), self.last_words(process)))
-            if time.monotonic() > deadline:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise Failure("%s did not open port %d:\n%s" % (" ".join(command), port, self.last_words(process)))
             time.sleep(0.01)
         return process
 
     def last_words(self, process: subprocess.Popen) -> str:
-        with open(self.logs[process.pid], "rb") as file:
-            return file.read()[-1500:].decode("utf-8", "replace").strip()
+        with open(self.logs[process], "rb") as file:
+            return file.read()[-1000:].decode("utf-8", "replace").strip()
 
     def empty_logs(self) -> None:
         """Logs are kept for messages only; a line for each session would fill the disk."""
-        for process in self.processes:
-            os.truncate(self.logs[process.pid], 0)
+        for log in self.logs.values():
+            os.truncate(log, 0)
 
     def stop(self, process: subprocess.Popen) -> None:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.processes.remove(process)
-
-    def close(self) -> None:
-        for process in reversed(self.processes[:]):
-            self.stop(process)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        del self.logs[process]
 
 
-def free_port() -> int:
-    """A free loopback port outside the range that outgoing connections take theirs from."""
-    while True:
-        port = random.randrange(10000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind((LOCAL, port))
-                return port
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
+class Pair:
+    """A candidate's processes: server in front of upsd, client in front of that. Without a candidate: upsd alone.
+
+    more: what to put behind the client's configuration; sides: or the server's process alone."""
+
+    def __init__(self, lab: Lab, candidate: Optional[Candidate], sides: Sequence[str] = ("server", "client"),
+                 more: str = "", pem: str = "") -> None:
+        self.lab, self.candidate = lab, candidate
+        self.name = candidate.name if candidate else "upsd"
+        self.processes = {}     # type: Dict[str, subprocess.Popen]
+        self.ports = {}         # type: Dict[str, int]
+        port = lab.upsd.port
+        for side in sides if candidate else ():
+            upstream, port = port, free_port()
+            text = more if side == "client" else ""
+            self.processes[side] = lab.start(lab.command(candidate, side, port, upstream, text, pem), port)
+            self.ports[side] = port
+        self.address = (LOCAL, port)
+
+    @property
+    def pids(self) -> List[int]:
+        return [process.pid for process in self.processes.values()]
+
+    def tls(self) -> "Tls":
+        return Tls((LOCAL, self.ports["server"]), self.candidate.starttls, self.lab.pki.ca.cert)
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            self.lab.stop(process)
 
 
 def is_listening(port: int) -> bool:
@@ -155,370 +218,307 @@ def is_listening(port: int) -> bool:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process, all its threads, those that ended too (Linux: the clock's number is made of the id)."""
+    """utime and stime of a process, all its threads, finer than /proc has it (the clock's number is made of the id)."""
     return time.clock_gettime((~pid << 3) | 2)
 
 
-def memory(pid: int) -> Dict[str, float]:
-    """MB of a process: PSS (each shared page split between those who map it) and RSS (each page in full)."""
-    with open("/proc/%d/smaps_rollup" % pid) as file:
-        return {name.lower(): int(kilobytes) / 1024
-                for name, kilobytes in re.findall(r"^(Pss|Rss):\s+(\d+) kB", file.read(), re.M)}
-
-
-def make_certificates(lab: Lab) -> None:
-    """ca.pem, and under it server.pem (P-256) and server-rsa.pem (RSA-4096), each with its key."""
-    def openssl(*arguments: str) -> None:
-        done = subprocess.run(("openssl",) + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise Failure("openssl %s failed:\n%s" % (arguments[0], done.stdout.decode("utf-8", "replace")))
-
-    p256 = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
-    extensions = lab.write("extensions", "subjectAltName = DNS:localhost, IP:127.0.0.1\n"
-                                         "keyUsage = digitalSignature\nextendedKeyUsage = serverAuth\n"
-                                         "authorityKeyIdentifier = keyid\nsubjectKeyIdentifier = hash\n")
-    openssl("req", "-x509", *p256, "-nodes", "-days", "2", "-subj", "/CN=nutshim benchmark",
-            "-addext", "keyUsage = critical, keyCertSign", "-keyout", lab.path("ca.key"), "-out", lab.path("ca.pem"))
-    for name, key in (("server", p256), ("server-rsa", ("-newkey", "rsa:4096"))):
-        request, key_file, certificate = lab.path("request"), lab.path("key"), lab.path("certificate")
-        openssl("req", "-new", *key, "-nodes", "-subj", "/CN=localhost", "-keyout", key_file, "-out", request)
-        openssl("x509", "-req", "-in", request, "-CA", lab.path("ca.pem"), "-CAkey", lab.path("ca.key"),
-                "-CAcreateserial", "-days", "2", "-extfile", extensions, "-out", certificate)
-        with open(lab.path(name + ".pem"), "w") as both:
-            for part in (certificate, key_file):
-                with open(part) as file:
-                    both.write(file.read())
-
-
-# ---- upsd -------------------------------------------------------------------------------------------------------
-
-class Upsd(NamedTuple):
-    address: Address
-    question: bytes             # the GET VAR that all sessions ask
-    pid: int                    # 0: not ours
-
-
-def start_upsd(lab: Lab) -> Upsd:
-    """The distribution's upsd with dummy-ups as its driver; both live in the temporary folder."""
-    programs = {}
-    for name in ("upsd", "dummy-ups"):
-        programs[name] = shutil.which(name, path="/lib/nut:/usr/lib/nut:/usr/libexec/nut:/usr/sbin:/sbin:"
-                                                 "/usr/local/ups/sbin:/usr/local/ups/bin:" + os.environ["PATH"])
-        if not programs[name]:
-            raise Failure("%s is missing: install nut-server, or name a running upsd with --upsd" % name)
-    folder, port = lab.path("nut"), free_port()
-    os.mkdir(folder, 0o700)
-    for name, text in (
-            ("nut.conf", "MODE=standalone\n"),
-            ("ups.conf", "[ups]\n driver = dummy-ups\n port = ups.dev\n desc = \"benchmark\"\n"),
-            # Without the TIMER dummy-ups would read its file again and again and eat a processor.
-            ("ups.dev", "ups.status: OL\nbattery.charge: 100\nups.load: 17\nTIMER 300\n"),
-            ("upsd.conf", "LISTEN %s %d\nMAXCONN %d\n" % (LOCAL, port, SESSIONS_AT_MOST)),
-            ("upsd.users", "")):
-        with open(os.path.join(folder, name), "w") as file:
-            file.write(text)
-    environment = dict(os.environ, **{name: folder for name in (
-        "NUT_CONFPATH", "NUT_STATEPATH", "NUT_PIDPATH", "NUT_ALTPIDPATH")})
-    lab.start([programs["dummy-ups"], "-a", "ups", "-F", "-u", USER], 0, env=environment)
-    daemon = lab.start([programs["upsd"], "-F", "-u", USER], port, env=environment)
-    upsd = Upsd((LOCAL, port), b"GET VAR ups ups.status\n", daemon.pid)
-    deadline = time.monotonic() + START_LIMIT
-    while not ask(upsd.address, upsd.question).startswith(b"VAR "):
+def settle(pids: Sequence[int]) -> None:
+    """Wait until these processes are idle."""
+    deadline, used = time.monotonic() + SETUP_LIMIT, 1.0
+    while used > 0.02:
         if time.monotonic() > deadline:
-            raise Failure("upsd does not get data from dummy-ups:\n" + lab.last_words(daemon))
-        time.sleep(0.1)
-    return upsd
+            raise Failure("still busy %d s after the attack before" % SETUP_LIMIT)
+        before = sum(map(cpu_seconds, pids))
+        time.sleep(0.3)
+        used = sum(map(cpu_seconds, pids)) - before
 
 
-def use_upsd(where: str) -> Upsd:
-    """A upsd that runs already, and the first UPS in its list."""
-    host, _, port = where.rpartition(":")
-    if not host or not port.isdigit():
-        raise Failure("--upsd %s: expected HOST:PORT" % where)
-    address = (socket.gethostbyname(host), int(port))
-    with socket.create_connection(address, REPLY_LIMIT) as connection, connection.makefile("rwb") as stream:
-        stream.write(b"LIST UPS\n")
-        stream.flush()
-        first = [stream.readline(), stream.readline()][1].split()
-    if first[:1] != [b"UPS"]:
-        raise Failure("upsd at %s has no UPS" % where)
-    return Upsd(address, b"GET VAR %s ups.status\n" % first[1], 0)
+def memory(pid: int) -> Figures:
+    """kB of a process from /proc/PID/smaps_rollup: private (written to: nobody can share it), USS and PSS."""
+    with open("/proc/%d/smaps_rollup" % pid) as file:
+        kb = {name: int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB", file.read(), re.M)}
+    return {"private": kb["Private_Dirty"], "uss": kb["Private_Dirty"] + kb["Private_Clean"], "pss": kb["Pss"]}
 
 
-def read_line(connection: Any) -> bytes:
-    """One reply of one line, whole."""
-    data = connection.recv(4096)
-    while not data.endswith(b"\n"):
-        more = connection.recv(4096)
-        if not more:
-            raise Failure("connection closed instead of a reply" if not data else "reply cut: %r" % data)
-        data += more
-    return data
-
-
-def ask(address: Address, question: bytes) -> bytes:
-    with socket.create_connection(address, REPLY_LIMIT) as connection:
-        connection.sendall(question)
-        return read_line(connection)
-
-
-# ---- candidates -------------------------------------------------------------------------------------------------
-
-class Candidate(NamedTuple):
-    """A program under test.  Its configuration is the first text and, behind it, that of the side."""
-    name: str
-    program: List[str]          # the command, up to the name of its configuration file
-    version: List[str]          # the command that tells its version
-    starttls: bool
-    every: str
-    server: str                 # TLS in, plain to upsd
-    client: str                 # plain in, verified TLS to the server side
-
-    def command(self, lab: Lab, side: str, port: int, upstream: Address, pem: str = "") -> List[str]:
-        text = self.every + getattr(self, side)
-        return self.program + [lab.write(self.name, text.format(
-            side=side, port=port, upstream="%s:%d" % upstream, pem=lab.path(pem), ca=lab.path("ca.pem"),
-            most=SESSIONS_AT_MOST, user=USER, pidfile=lab.path("%d.pid" % port)))]
-
-
-def nutshim(name: str, path: str, python: str) -> Candidate:
-    return Candidate(name, [python, path, "-F", "-f"], [python, "-V"], True,
-                     "log = stderr\nuser = {user}\npidfile = {pidfile}\nmax_sessions = {most}\n[{side}]\n"
-                     "role = {side}\nlisten = 127.0.0.1:{port}\nupstream = {upstream}\n"
-                     "max_sessions_per_address = {most}\n",
-                     "certificate = {pem}\n",
-                     "server_name = localhost\ntrust = {ca}\n")
-
-
-def stunnel(name: str, path: str) -> Candidate:
-    # TCP_NODELAY is what its manual has for short messages.  It resumes sessions by itself, and has a thread a session.
-    return Candidate(name, [path], [path, "-version"], False,
-                     "foreground = yes\npid =\nsyslog = no\ndebug = 3\nsocket = l:TCP_NODELAY=1\n"
-                     "socket = r:TCP_NODELAY=1\n[nut]\naccept = 127.0.0.1:{port}\nconnect = {upstream}\n"
-                     "sslVersionMin = TLSv1.3\n",
-                     "cert = {pem}\n",
-                     "client = yes\nsni = localhost\nverifyChain = yes\ncheckHost = localhost\nCAfile = {ca}\n")
-
-
-def haproxy(name: str, path: str) -> Candidate:
-    # TCP_NODELAY and resumption are its defaults; it checks the name sent as SNI; it logs nothing unless told where.
-    return Candidate(name, [path, "-db", "-f"], [path, "-v"], False,
-                     "global\n nbthread 1\n maxconn {most}\ndefaults\n mode tcp\n maxconn {most}\n timeout connect 5s\n"
-                     " timeout client 10m\n timeout server 10m\nlisten nut\n",
-                     " bind 127.0.0.1:{port} ssl crt {pem} ssl-min-ver TLSv1.3\n server upsd {upstream}\n",
-                     " bind 127.0.0.1:{port}\n server shim {upstream} ssl ssl-min-ver TLSv1.3 sni str(localhost)"
-                     " verify required ca-file {ca}\n")
-
-
-DIRECT = Candidate("upsd", [], [], False, "", "", "")       # nothing in between
-BOTH = ("server", "client")
-CANDIDATES = ("upsd", "nutshim", "stunnel", "haproxy")
-
-
-class Pair:
-    """A candidate's running processes, each in front of the one before, and upsd behind them all."""
-
-    def __init__(self, lab: Lab, candidate: Candidate, upsd: Upsd, sides: Sequence[str] = BOTH,
-                 pem: str = "server.pem") -> None:
-        self.lab, self.name, self.starttls = lab, candidate.name, candidate.starttls
-        self.address = upsd.address
-        self.processes = []  # type: List[subprocess.Popen]
-        for side in sides:
-            port = free_port()
-            command = candidate.command(lab, side, port, self.address, pem)
-            self.processes.append(lab.start(command, port))
-            self.address = (LOCAL, port)
-
-    def pids(self) -> List[int]:
-        return [process.pid for process in self.processes]
-
-    def last_words(self) -> str:
-        return "".join("\n%s: %s" % (side, self.lab.last_words(process)) for side, process in zip(BOTH, self.processes))
-
-
-# ---- load: these functions run in processes of their own -----------------------------------------------------------
+# ---- load: each of these functions runs in a process of its own ---------------------------------
 #
-# Each establishes what it needs, calls window(), which returns the two times between which events count once all
-# load processes are ready, and goes on until the second.
-
-Figures = Dict[str, float]
-Window = Callable[[], Tuple[float, float]]
-
+# It establishes what it needs, calls window(), which returns the two times between which events count once all load
+# processes are ready, and goes on until the second.
 
 class Tls(NamedTuple):
+    """How to get at a server's process."""
+    address: Address
     starttls: bool              # False: TLS from the first byte
     ca: str                     # file
 
 
-def load_upsc(window: Window, address: Address, count: int, question: bytes) -> Dict[str, Any]:
-    """Sessions as upsc has them, count at once, one after the other without end."""
-    poller, asking, leaving, done = select.epoll(), {}, {}, 0
+def read_reply(connection: Any, end: bytes = b"\n") -> bytes:
+    data = connection.recv(65536)
+    while not data.endswith(end):
+        more = connection.recv(65536)
+        if not more:
+            raise Failure("connection closed instead of a reply, so far %r" % data[-200:])
+        data += more
+    return data
 
-    def open_session() -> None:
-        connection = socket.socket()
+
+def open_session(where: Any, login: bool = False) -> Any:
+    """A session that has had a reply, so that it stands all the way to upsd. where: an Address or a Tls."""
+    connection = socket.create_connection(where.address if isinstance(where, Tls) else where, REPLY_LIMIT)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if isinstance(where, Tls):
+        if where.starttls:
+            connection.sendall(b"STARTTLS\n")
+            read_reply(connection)
+        connection = client_context(where.ca).wrap_socket(connection, server_hostname="localhost")
+    if login:
+        for line in LOGIN.splitlines(True):
+            connection.sendall(line)
+            if read_reply(connection) != b"OK\n":
+                raise Failure("login refused")
+    connection.sendall(QUESTION)
+    read_reply(connection)
+    connection.settimeout(None)
+    return connection
+
+
+def load_upsc(window: Window, address: Address, count: int) -> Dict[str, Any]:
+    """Sessions as upsc has them, count at once, one after the other without end."""
+    now, done = time.monotonic, 0
+
+    def come() -> Tuple[Any, bool]:
+        connection = raw_socket()
         connection.connect(address)     # on loopback: at once
-        connection.send(question)
-        asking[connection.fileno()] = connection
-        poller.register(connection, select.EPOLLIN)
+        connection.send(QUESTION)
+        return connection, True
 
     begin, end = window()
-    for _ in range(count):
-        open_session()
-    while time.monotonic() < end:
-        events = poller.poll(REPLY_LIMIT)
-        if not events:
-            raise Failure("no reply within %d s" % REPLY_LIMIT)
-        for number, _ in events:
-            connection = asking.pop(number, None)
-            if connection:
-                reply = read_line(connection)
-                if not reply.startswith(b"VAR "):
-                    raise Failure("wrong reply %r" % reply)
-                connection.send(b"LOGOUT\n")
-                leaving[number] = connection
-            else:
-                connection = leaving.pop(number)
-                reply = read_line(connection)
-                if reply != b"OK Goodbye\n":
-                    raise Failure("wrong reply to LOGOUT: %r" % reply)
-                connection.close()
-                if begin <= time.monotonic() < end:
-                    done += 1
-                open_session()
+    # Waiting for the oldest is leaner than asking which are ready, and nobody answers far out of turn.
+    queue = collections.deque([come() for _ in range(count)])
+    while now() < end:
+        connection, asked = queue.popleft()
+        data = connection.recv(4096)
+        if asked:
+            if not (data.startswith(REPLY) and data.endswith(b"\n")):
+                raise Failure("wrong or torn reply %r" % data)
+            connection.send(b"LOGOUT\n")
+            queue.append((connection, False))
+        else:
+            if data != b"OK Goodbye\n":
+                raise Failure("wrong reply to LOGOUT: %r" % data)
+            connection.close()
+            done += begin <= now() < end
+            queue.append(come())
     return {"done": done}
 
 
-def load_poll(window: Window, address: Address, count: int, question: bytes,
-              tls: Optional[Tls] = None) -> Dict[str, Any]:
-    """Established sessions as upsmon has them, each of which asks again once it has its reply."""
-    poller, sessions, asked, waits, now = select.epoll(), {}, {}, array.array("d"), 0.0
-    for connection in open_sessions(address, count, question, tls):
-        sessions[connection.fileno()] = connection
-        poller.register(connection, select.EPOLLIN)
+def load_poll(window: Window, where: Any, count: int, login: bool = False, pace: float = 0) -> Dict[str, Any]:
+    """Established sessions, each of which asks again once it has its reply; one with a pace, in seconds, keeps it."""
+    poller, waits, now = select.epoll(), array.array("d"), time.monotonic
+    sessions = {each.fileno(): each for each in [open_session(where, login) for _ in range(count)]}
+    for number in sessions:
+        poller.register(number, select.EPOLLIN)
     begin, end = window()
-    for number, connection in sessions.items():
-        asked[number] = time.monotonic()
-        connection.send(question)
-    while now < end:
+    asked = dict.fromkeys(sessions, now())
+    for connection in sessions.values():
+        connection.send(QUESTION)
+    moment = now()
+    while moment < end:
         events = poller.poll(REPLY_LIMIT)
         if not events:
             raise Failure("no reply within %d s" % REPLY_LIMIT)
         for number, _ in events:
             connection = sessions[number]
-            reply = read_line(connection)
-            now = time.monotonic()
-            if not reply.startswith(b"VAR "):
-                raise Failure("wrong reply %r" % reply)
-            if begin <= now < end:
-                waits.append(now - asked[number])
-            asked[number] = now
-            connection.send(question)
+            data = connection.recv(4096)
+            if not data.startswith(REPLY):
+                raise Failure("wrong reply %r" % data)
+            if data[-1] != 10:
+                read_reply(connection)
+            moment = now()
+            if begin <= moment:
+                waits.append(moment - asked[number])
+            if pace:                                # the questions that were due during this wait
+                late = moment - asked[number] - pace
+                while late > 0 and begin <= moment:
+                    waits.append(late)
+                    late -= pace
+                time.sleep(max(0, -late))
+                moment = now()
+            asked[number] = moment
+            connection.send(QUESTION)
     return {"done": len(waits), "waits": waits}
 
 
-def open_sessions(address: Address, count: int, question: bytes,
-                  tls: Optional[Tls] = None) -> List[socket.socket]:
-    """Sessions that have each had a reply, so that they stand all the way to upsd."""
-    sessions = []
-    for number in range(count):
-        try:
-            connection = socket.create_connection(address, REPLY_LIMIT)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if tls:
-                if tls.starttls:
-                    connection.sendall(b"STARTTLS\n")
-                    read_line(connection)
-                connection = tls_context(tls.ca).wrap_socket(connection, server_hostname="localhost")
-            connection.sendall(question)
-            read_line(connection)
-        except (Failure, OSError) as error:
-            raise Failure("session %d of %d: %s" % (number + 1, count, error)) from None
-        connection.setblocking(True)
-        sessions.append(connection)
-    return sessions
+def load_hold(window: Window, where: Any, count: int) -> Dict[str, Any]:
+    """Sessions that are idle after one exchange; after the second window(), idle after a long reply."""
+    sessions = [open_session(where) for _ in range(count)]
+    window()
+    for connection in sessions:
+        connection.sendall(LONG_QUESTION)
+        read_reply(connection, LONG_END)
+    window()
+    return {}
 
 
-def tls_context(ca: str) -> Any:
-    # Not imported in the main process: that would share OpenSSL's pages with the candidates and lower their PSS.
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(ca)
-    return context
-
-
-def load_storm(window: Window, address: Address, count: int, starttls: bool) -> Dict[str, Any]:
-    """Clients that do a full handshake, hang up and come again; count at once, in one process of low priority."""
-    import ssl
-    os.nice(10)                 # on a small machine the server under storm comes first
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE     # saves work here; the server's is the same
-    poller, clients, done, lost = select.epoll(), {}, 0, 0
-
-    def come() -> None:
-        client = socket.create_connection(address)
-        client.setblocking(False)
-        poller.register(client, select.EPOLLIN)
-        if starttls:
-            client.send(b"STARTTLS\n")
-            clients[client.fileno()] = client
-        else:
-            shake_hands(client)
-
-    def shake_hands(client: socket.socket) -> None:
-        """One step of a handshake; afterwards the next client comes in its place."""
-        nonlocal done, lost
-        try:
-            if not isinstance(client, ssl.SSLSocket):
-                client = context.wrap_socket(client, do_handshake_on_connect=False)     # the same descriptor
-                clients[client.fileno()] = client
-            client.do_handshake()
-            done += begin <= time.monotonic() < end
-        except ssl.SSLWantReadError:
-            return
-        except OSError:
-            lost += 1
-        clients.pop(client.fileno()).close()
-        come()
-
-    begin, end = window()
-    for _ in range(count):
-        come()
-    while time.monotonic() < end:
-        for number, _ in poller.poll(0.5):
-            client = clients[number]
-            if not isinstance(client, ssl.SSLSocket) and read_line(client) != b"OK STARTTLS\n":
-                raise Failure("STARTTLS refused")
-            shake_hands(client)
-    return {"done": done, "lost": lost}
-
-
-def load_first_answer(window: Window, address: Address, tls: Tls) -> Dict[str, Any]:
-    """Try to connect until it works; the times of the first answer and of the first handshake's end."""
-    context = tls_context(tls.ca)           # now, and not when the clock runs
+def load_first_answer(window: Window, where: Tls) -> Dict[str, Any]:
+    """Try to connect until it works; when the first handshake was through."""
+    context = client_context(where.ca)      # now, and not when the clock runs
     _, deadline = window()
     while True:
         try:
-            plain = socket.create_connection(address)
+            plain = socket.create_connection(where.address)
             break
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise Failure("port not open within %d s" % START_LIMIT) from None
             time.sleep(0.0005)
-    result = {}
-    if tls.starttls:
+    if where.starttls:
         plain.sendall(b"STARTTLS\n")
-        read_line(plain)
-        result["starttls"] = time.monotonic()
+        read_reply(plain)
     context.wrap_socket(plain, server_hostname="localhost").close()
-    result["handshake"] = time.monotonic()
-    return result
+    return {"moment": time.monotonic()}
+
+
+class Attack(NamedTuple):
+    """What a crowd of clients does to a server shim, again and again, each as fast as it is let."""
+    count: int                  # at once
+    opening: str                # what comes first: nothing, STARTTLS, or TLS behind it
+    data: bytes
+    goes_on: bool = False       # sends data for ever; else once, and waits for the end
+    reads: bool = True
+    version: Optional[ssl.TLSVersion] = None
+
+
+# The kinds of tests/test_attacks.py, as floods, and what a client within TLS can do beyond them.
+ATTACKS = {
+    "nothing": Attack(0, "", b""),
+    "commands in the clear": Attack(16, "", b"VER\n" * 8),
+    "bytes behind STARTTLS": Attack(16, "", b"STARTTLS\nVER\n"),
+    "TLS without STARTTLS": Attack(16, "", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(506)),
+    "over-long line": Attack(16, "", b"x" * 40000),
+    "NUL": Attack(16, "", b"STARTTLS\0\n"),
+    "record of garbage": Attack(16, "STARTTLS", b"\x16\x03\x01\x40\x00" + b"x" * 16384),
+    "half a hello": Attack(64, "STARTTLS", b"\x16\x03\x01\x02\x00\x01"),
+    "TLS 1.2": Attack(16, "TLS", b"", version=ssl.TLSVersion.TLSv1_2),
+    "handshakes": Attack(64, "TLS", b""),
+    "empty lines": Attack(60, "TLS", b"\n" * 65536, True),
+    "equals signs": Attack(60, "TLS", (b"=" * 32000 + b"\n") * 4, True),
+    "escapes": Attack(60, "TLS", b"\\a" * 16000 + b"\n", True),
+    "endless command": Attack(60, "TLS", b"x" * 65536, True),
+    "STARTTLS in TLS, unread": Attack(60, "TLS", b"STARTTLS\n" * 4000, True, False),
+    "LISTs, unread": Attack(60, "TLS", LONG_QUESTION * 1000, True, False),
+    "commands": Attack(60, "TLS", QUESTION * 700, True),
+}
+STORM = ATTACKS["handshakes"]
+
+
+def visit(where: Tls, attack: Attack, context: Any, count: Callable[[], None]) -> Iterator[Tuple[Any, int]]:
+    """One client's attack; yields the socket and what it waits for."""
+    sock = socket.create_connection(where.address)     # type: Any
+    try:
+        sock.setblocking(False)
+        if where.starttls and attack.opening:
+            sock.send(b"STARTTLS\n")
+            yield sock, select.EPOLLIN
+            if sock.recv(100) != b"OK STARTTLS\n":
+                return
+        if attack.opening == "TLS":
+            sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname="localhost")
+            while True:
+                try:
+                    sock.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    yield sock, select.EPOLLIN
+        count()
+        rest = attack.data
+        while rest or not attack.opening == "TLS":
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
+                if rest:
+                    sent = sock.send(rest)
+                    rest = rest if attack.goes_on else rest[sent:]
+            with contextlib.suppress(ssl.SSLWantReadError, BlockingIOError):
+                if attack.reads and not sock.recv(65536):
+                    return
+            yield sock, (select.EPOLLIN if attack.reads else 0) | (select.EPOLLOUT if rest else 0)
+    finally:
+        sock.close()
+
+
+def load_attack(window: Window, where: Tls, attack: Attack) -> Dict[str, Any]:
+    """A crowd in one process of low priority: on a small machine the one attacked comes first."""
+    os.nice(10)
+    context = client_context(maximum=attack.version)   # verifies nothing: saves work here, the server's is the same
+    poller, clients, done = select.epoll(), {}, 0
+    begin = end = 0.0
+
+    def count() -> None:
+        nonlocal done
+        done += begin <= time.monotonic() < end
+
+    def step(client: Iterator[Tuple[Any, int]]) -> None:
+        while time.monotonic() < end:
+            try:
+                sock, events = next(client)
+            except (StopIteration, OSError):            # the next one comes in its place
+                client = visit(where, attack, context, count)
+                continue
+            number = sock.fileno()
+            clients[number] = client
+            try:
+                poller.modify(number, events)
+            except FileNotFoundError:
+                poller.register(number, events)
+            return
+
+    begin, end = window()
+    for _ in range(attack.count):
+        step(visit(where, attack, context, count))
+    while time.monotonic() < end:
+        for number, _ in poller.poll(0.1):
+            step(clients[number])
+    return {"done": done}
+
+
+def load_key_updates(window: Window, port: int, count: int) -> Dict[str, Any]:
+    """One client of a server shim sends KeyUpdate records, made beforehand."""
+    with ClientFlood(port) as flood:
+        records = flood.engine.key_updates(count)
+        begin, _ = window()
+        time.sleep(max(0, begin - time.monotonic()))
+        with contextlib.suppress(OSError):          # a good shim ends it early
+            flood.send(records)
+    return {"done": 1}
+
+
+def load_key_updates_of_upstream(window: Window, port: int, listener: socket.socket, certificate: Any,
+                                 count: int) -> Dict[str, Any]:
+    """A false upstream does the same to a client shim, whose client asks it one thing first."""
+    with socket.create_connection((LOCAL, port)) as client:
+        client.sendall(b"NETVER\n")
+        peer = Peer(None, listener.accept()[0])
+        plain_send, sent = peer.send, []
+
+        def send(data: bytes) -> None:
+            sent.append(len(data))
+            if len(data) > 100000:                  # the flood itself
+                begin, _ = window()
+                time.sleep(max(0, begin - time.monotonic()))
+            plain_send(data)
+        peer.send = send                            # type: ignore
+        peer.sock.settimeout(2)
+        with contextlib.suppress(OSError):
+            tls_flood(certificate, count)(peer)
+        peer.sock.close()
+    if max(sent) < 100000:
+        raise Failure("the client shim left before the flood")
+    return {"done": 1}
 
 
 class LoadProcess:
     """A forked process that runs one of the functions above."""
 
-    def __init__(self, function: Callable[..., Dict[str, Any]], arguments: Sequence[Any]) -> None:
+    def __init__(self, function: Callable[..., Dict[str, Any]], *arguments: Any) -> None:
         fork = multiprocessing.get_context("fork")
         self.pipe, far_end = fork.Pipe()
         self.process = fork.Process(target=self.run, args=(far_end, function, arguments), daemon=True)
@@ -538,7 +538,7 @@ class LoadProcess:
         except (Failure, OSError) as error:
             pipe.send(Failure(str(error)))
 
-    def hear(self, limit: float) -> Any:
+    def hear(self, limit: float = SETUP_LIMIT) -> Any:
         """What the process says next; Failure when it says nothing, or only that it failed."""
         if not self.pipe.poll(limit):
             raise Failure("no result within %d s" % limit)
@@ -550,170 +550,192 @@ class LoadProcess:
             raise said
         return said
 
-    def stop(self) -> None:
+    def __enter__(self) -> "LoadProcess":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self.process.terminate()
         self.process.join()
         self.pipe.close()
 
 
-def run_load(jobs: Sequence[Tuple[Any, ...]], pids: List[int], upsd: Upsd, seconds: float,
-             warm_up: float = WARM_UP) -> Tuple[List[Dict[str, Any]], float, Figures]:
-    """Run each job (function, arguments …) in a process of its own, all over the same stretch of time.
+def run_load(lab: Lab, pids: List[int], seconds: float, jobs: Sequence[Tuple[Any, ...]],
+             attack: Sequence[Any] = (), warm_up: float = WARM_UP) -> Figures:
+    """Run each job (function, arguments …) in a process of its own, all over the same stretch of time, and an attack.
 
-    What comes back: the jobs' results; the CPU seconds of the processes pids, together; how busy upsd and the
-    busiest load process were and how long the sessions waited."""
-    processes = [LoadProcess(job[0], job[1:]) for job in jobs]
-    watched = pids + [process.process.pid for process in processes] + ([upsd.pid] if upsd.pid else [])
-    try:
+    The figures are those of the jobs: how many a second, CPU of pids for each, waits, who was how busy."""
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(LoadProcess(*job)) for job in list(jobs) + [attack] * bool(attack)]
+        watched = pids + [lab.upsd.upsd.pid] + [each.process.pid for each in processes]
         for process in processes:
-            process.hear(SETUP_LIMIT)
+            process.hear()
         begin = time.monotonic() + warm_up
-        counts = []
         for process in processes:
             process.pipe.send((begin, begin + seconds))
+        counts = []
         for moment in (begin, begin + seconds):
             time.sleep(max(0, moment - time.monotonic()))
             counts.append([cpu_seconds(pid) for pid in watched])
-        results = [process.hear(REPLY_LIMIT + 20) for process in processes]
-    finally:
-        for process in processes:
-            process.stop()
+        results = [process.hear() for process in processes]
     used = [after - before for before, after in zip(*counts)]
-    own, load = len(pids), len(pids) + len(jobs)
-    figures = {"load_busy": max(used[own:load]) / seconds * 100}
-    if upsd.pid:
-        figures["upsd_busy"] = used[load] / seconds * 100
-    waits = sorted(itertools.chain.from_iterable(result.get("waits", ()) for result in results))
-    if waits:
-        figures.update(p50=statistics.median(waits) * 1e3, p99=waits[len(waits) * 99 // 100] * 1e3)
-    return results, sum(used[:own]), figures
-
-
-# ---- measures ----------------------------------------------------------------------------------------------------
-
-def measure_sessions(function: Callable[..., Dict[str, Any]], pair: Pair, upsd: Upsd, at_once: int,
-                     seconds: float) -> Figures:
-    shares = min(LOAD_PROCESSES, at_once)
-    jobs = [(function, pair.address, at_once // shares, upsd.question)] * shares
-    results, cpu, figures = run_load(jobs, pair.pids(), upsd, seconds)
-    done = sum(result["done"] for result in results)
+    own = results[:len(jobs)]
+    done = sum(result["done"] for result in own)
+    waits = sorted(itertools.chain.from_iterable(result.get("waits", ()) for result in own))
     if not done:
         raise Failure("nothing came to its end in %.1f s" % seconds)
-    if pair.processes:
-        figures["cpu"] = cpu / done * 1e6
-    return dict(figures, rate=done / seconds)
+    figures = {"rate": done / seconds, "upsd": used[len(pids)] / seconds * 100,
+               "load": max(used[len(pids) + 1:]) / seconds * 100}
+    if pids:
+        figures["cpu"] = sum(used[:len(pids)]) / done * 1e6
+    if waits:
+        figures.update(p50=statistics.median(waits) * 1e3, p99=waits[len(waits) * 99 // 100] * 1e3,
+                       worst=waits[-1] * 1e3)
+    if attack:
+        figures["attack"] = results[-1]["done"] / seconds
+    return figures
 
 
-def measure_memory(lab: Lab, candidate: Candidate, upsd: Upsd) -> Figures:
+# ---- measures -----------------------------------------------------------------------------------
+
+def measure_steady(pair: Pair, group: str, seconds: float) -> Figures:
+    jobs = {"poll32": (load_poll, pair.address, 32), "login32": (load_poll, pair.address, 32, True),
+            "poll1": (load_poll, pair.address, 1), "upsc16": (load_upsc, pair.address, 8)}
+    # In the clear one load process would be what limits upsc16: a connection costs its client more than upsd.
+    return run_load(pair.lab, pair.pids, seconds, [jobs[group]] * (2 if group == "upsc16" else 1))
+
+
+def measure_storm(pair: Pair, seconds: float) -> Figures:
+    return run_load(pair.lab, pair.pids, seconds, [(load_poll, pair.tls(), 1, False, PACE)],
+                    (load_attack, pair.tls(), STORM), warm_up=1)
+
+
+def measure_attack(pair: Pair, name: str, seconds: float, false: Tuple[int, socket.socket]) -> Figures:
+    lab, count, where = pair.lab, int(KEY_UPDATES * seconds), pair.tls()    # type: Any, int, Any
+    settle(pair.pids + [lab.upsd.upsd.pid])         # what the attack before has left to do
+    if name == "KeyUpdates":
+        attack = (load_key_updates, pair.ports["server"], count)    # type: Tuple[Any, ...]
+    elif name == "KeyUpdates, by an upstream":
+        where = pair.address
+        attack = (load_key_updates_of_upstream, *false, lab.pki.server, count)
+    else:
+        attack = (load_attack, where, ATTACKS[name])
+    return run_load(lab, pair.pids, seconds, [(load_poll, where, 1, False, PACE)], attack)
+
+
+def measure_memory(lab: Lab, candidate: Candidate) -> Figures:
     """In processes of their own, of which nothing else runs meanwhile: PSS depends on who shares the pages."""
-    pair, sessions, figures = Pair(lab, candidate, upsd), [], {}  # type: Pair, List[socket.socket], Figures
+    figures = {}                # type: Figures
+
+    def note(step: str, process: subprocess.Popen) -> None:
+        time.sleep(0.5)         # the last session's tickets and log lines are under way
+        figures.update({"%s_%s" % (step, kind): value for kind, value in memory(process.pid).items()})
+
+    for side in ("server", "client"):
+        pair = Pair(lab, candidate, ("server", "client")[:1 + (side == "client")])
+        try:
+            process = pair.processes[side]
+            note(side + "_idle", process)
+            with LoadProcess(load_hold, pair.tls() if side == "server" else pair.address, MANY) as holder:
+                for step in ("_many", "_long"):
+                    holder.hear()
+                    note(side + step, process)
+                    holder.pipe.send((0, 0))
+                    figures[side + step + "_each"] = (
+                        figures[side + step + "_private"] - figures[side + "_idle_private"]) / MANY
+        except Failure as error:
+            raise Failure("%s\n%s" % (error, lab.last_words(pair.processes[side]))) from None
+        finally:
+            pair.stop()
+    return figures
+
+
+def measure_bare(python: str) -> Figures:
+    """Python with what a shim cannot do without, waiting."""
+    code = "import ssl, selectors, time; print('ready', flush=True); time.sleep(99)"
+    bare = Process([python, "-I", "-S", "-c", code])
     try:
-        for step in MEMORY_STEPS:
-            sessions += open_sessions(pair.address, step - len(sessions), upsd.question)
-            time.sleep(0.5)         # the last session's tickets and log lines are under way
-            for side, pid in zip(BOTH, pair.pids()):
-                for kind, megabytes in memory(pid).items():
-                    figures["%s_%s_%d" % (side, kind, step)] = megabytes
-        return figures
-    except Failure as error:
-        raise Failure(str(error) + pair.last_words()) from None
+        bare.wait_log("ready")
+        return {"server_idle_" + kind: value for kind, value in memory(bare.pid).items()}
     finally:
-        for connection in sessions:
-            connection.close()
-        for process in pair.processes:
-            lab.stop(process)
+        bare.end()
 
 
-def measure_start(lab: Lab, candidate: Candidate, upsd: Upsd) -> Figures:
+def measure_start(lab: Lab, candidate: Candidate) -> Figures:
     port = free_port()
-    command = candidate.command(lab, "server", port, upsd.address, "server.pem")
-    watcher = LoadProcess(load_first_answer, ((LOCAL, port), Tls(candidate.starttls, lab.path("ca.pem"))))
-    process = None
-    try:
-        watcher.hear(SETUP_LIMIT)
+    command = lab.command(candidate, "server", port, lab.upsd.port)
+    with LoadProcess(load_first_answer, Tls((LOCAL, port), candidate.starttls, lab.pki.ca.cert)) as watcher:
+        watcher.hear()
         started = time.monotonic()
         watcher.pipe.send((started, started + START_LIMIT))
-        process = lab.start(command, 0)
-        while not watcher.pipe.poll(0.1):
-            if process.poll() is not None:
-                raise Failure("%s ended at once:\n%s" % (" ".join(command), lab.last_words(process)))
-        return {name: (moment - started) * 1e3 for name, moment in watcher.hear(0).items()}
-    finally:
-        watcher.stop()
-        if process:
+        process = lab.start(command)
+        try:
+            return {"handshake": (watcher.hear(START_LIMIT + 5)["moment"] - started) * 1e3}
+        finally:
             lab.stop(process)
 
 
-def measure_storm(lab: Lab, pair: Pair, upsd: Upsd, seconds: float) -> Figures:
-    jobs = [(load_poll, pair.address, 1, upsd.question, Tls(pair.starttls, lab.path("ca.pem"))),
-            (load_storm, pair.address, STORM_CLIENTS, pair.starttls)]
-    (steady, storm), _, figures = run_load(jobs, pair.pids(), upsd, seconds, STORM_WARM_UP)
-    if not storm["done"]:
-        raise Failure("no client of the storm finished a handshake (%d were cut off)" % storm["lost"])
-    return dict(figures, rate=steady["done"] / seconds, handshakes=storm["done"] / seconds,
-                lost=storm["lost"] / seconds)
-
-
-MEASURES = ("pss", "start", "upsc1", "upsc16", "poll1", "poll32", "poll256", "storm")
-Results = Dict[str, Dict[str, List[Optional[float]]]]       # candidate, "measure.figure", one value for each round
+STEADY = ("poll32", "login32", "poll1", "upsc16")
+GROUPS = STEADY + ("storm", "memory", "start", "attacks")
+KEY_ATTACKS = ("KeyUpdates", "KeyUpdates, by an upstream")
+Results = Dict[str, Dict[str, List[Optional[float]]]]       # candidate, "group.figure", one value for each round
 
 
 class Run:
     """All measures of all candidates, round by round."""
 
-    def __init__(self, lab: Lab, upsd: Upsd, candidates: List[Candidate], measures: Sequence[str], rounds: int,
-                 seconds: float) -> None:
-        self.lab, self.upsd, self.candidates = lab, upsd, candidates
-        self.measures, self.rounds, self.seconds = measures, rounds, seconds
-        self.results = {candidate.name: {} for candidate in candidates + [DIRECT]}  # type: Results
+    def __init__(self, lab: Lab, candidates: List[Candidate], options: argparse.Namespace) -> None:
+        self.lab, self.candidates, self.options = lab, candidates, options
+        self.results = {}       # type: Results
 
-    def take(self, number: int, measure: str, name: str, function: Callable[..., Figures], *arguments: Any) -> None:
+    def take(self, number: int, group: str, name: str, function: Callable[..., Figures], *arguments: Any) -> None:
         """Take, note and show what one measure brings for one candidate in one round."""
         before = time.monotonic()
         try:
             figures = function(*arguments)
-            text = ", ".join("%s %.4g" % item for item in figures.items() if "_rss_" not in item[0])
-        except (Failure, OSError) as error:
+            text = ", ".join("%s %.4g" % item for item in figures.items())
+        except (Failure, OSError, AssertionError) as error:
             figures, text = {}, "FAILED: %s" % error
-            text += "".join(pair.last_words() for pair in arguments if isinstance(pair, Pair))
         for figure, value in figures.items():
-            noted = self.results[name].setdefault("%s.%s" % (measure, figure), [None] * self.rounds)
+            noted = self.results.setdefault(name, {}).setdefault(group + "." + figure, [None] * self.options.rounds)
             noted[number] = value
         self.lab.empty_logs()
-        say("round %d/%d  %-7s  %-8s  %4.1f s  %s" % (number + 1, self.rounds, measure, name,
-                                                       time.monotonic() - before, text))
+        say("round %d/%d  %s  %s  %.1f s  %s" % (number + 1, self.options.rounds, group, name,
+                                                  time.monotonic() - before, text))
 
     def alone(self) -> None:
         """The measures that start processes of their own; nothing of another candidate may run beside them."""
-        for number in range(self.rounds):
-            for candidate in turned(self.candidates, number):
-                if "pss" in self.measures and number == 0:      # the same in each round
-                    self.take(number, "pss", candidate.name, measure_memory, self.lab, candidate, self.upsd)
-                if "start" in self.measures:
-                    self.take(number, "start", candidate.name, measure_start, self.lab, candidate, self.upsd)
+        for number in range(self.options.rounds):
+            if "memory" in self.options.groups and number == 0:     # the same in each round
+                self.take(0, "memory", "python", measure_bare, self.options.python)
+                for candidate in self.candidates:
+                    self.take(0, "memory", candidate.name, measure_memory, self.lab, candidate)
+            if "start" in self.options.groups:
+                for candidate in turned(self.candidates, number):
+                    self.take(number, "start", candidate.name, measure_start, self.lab, candidate)
 
-    def side_by_side(self, with_upsd: bool) -> None:
+    def side_by_side(self) -> None:
         """The measures of processes that stand all the time; idle ones cost nothing."""
-        steady = [measure for measure in self.measures if measure not in ("pss", "start", "storm")]
-        pairs, storms = [], []  # type: List[Pair], List[Pair]
-        if with_upsd and steady:
-            pairs.append(Pair(self.lab, DIRECT, self.upsd, ()))
+        groups, seconds = self.options.groups, self.options.seconds
+        steady = [group for group in STEADY if group in groups]
+        pairs = [Pair(self.lab, each) for each in [None] + self.candidates] if steady else []
+        storms = [Pair(self.lab, each, ("server",), pem=self.lab.pki.rsa4096.file)
+                  for each in self.candidates] if "storm" in groups else []
+        attacked = []           # type: List[Tuple[Pair, Tuple[int, socket.socket]]]
         for candidate in self.candidates:
-            try:
-                if steady:
-                    pairs.append(Pair(self.lab, candidate, self.upsd))
-                if "storm" in self.measures:
-                    storms.append(Pair(self.lab, candidate, self.upsd, BOTH[:1], "server-rsa.pem"))
-            except Failure as error:
-                say("%s is left out: %s" % (candidate.name, error))
-        for number in range(self.rounds):
-            for measure in steady:
-                function = load_upsc if measure.startswith("upsc") else load_poll
+            if "attacks" in groups and candidate.starttls:
+                port, listener = free_port(), listen()
+                more = "[false]\nrole = client\nlisten = 127.0.0.1:%d\nupstream = localhost:%d\ntrust = %s\n" % (
+                    port, listener.getsockname()[1], self.lab.pki.ca.cert)
+                attacked.append((Pair(self.lab, candidate, more=more), (port, listener)))
+        for number in range(self.options.rounds):
+            for group in steady:
                 for pair in turned(pairs, number):
-                    self.take(number, measure, pair.name, measure_sessions, function, pair, self.upsd,
-                              int(measure[4:]), self.seconds)
+                    self.take(number, group, pair.name, measure_steady, pair, group, seconds)
             for pair in turned(storms, number):
-                self.take(number, "storm", pair.name, measure_storm, self.lab, pair, self.upsd, self.seconds)
+                self.take(number, "storm", pair.name, measure_storm, pair, seconds)
+            for attack in tuple(ATTACKS) + KEY_ATTACKS if attacked else ():
+                for pair, false in turned(attacked, number):
+                    self.take(number, "attack " + attack, pair.name, measure_attack, pair, attack, seconds, false)
 
 
 def turned(items: List[Any], by: int) -> List[Any]:
@@ -726,48 +748,58 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---- results -----------------------------------------------------------------------------------------------------
+# ---- results ------------------------------------------------------------------------------------
 
 class Target(NamedTuple):
-    """A ratio of nutshim's figure to another candidate's, and how good it should be."""
+    """nutshim's figure divided by another candidate's, or less it, and how good that should be."""
     label: str
     figure: str
-    against: str
-    more_is_better: bool
+    against: str                # "" is the nutshim.py of --against
     least: float
     aim: float
+    more_is_better: bool = False
+    difference: bool = False
 
 
 TARGETS = (
-    Target("sessions/s, upsc pattern, 16 at once", "upsc16.rate", "haproxy", True, 6, 10),
-    Target("sessions/s, upsc pattern, 16 at once", "upsc16.rate", "stunnel", True, 12, 20),
-    Target("sessions/s, upsc pattern, 16 at once", "upsc16.rate", "upsd", True, 0.45, 0.7),
-    Target("CPU a session, upsc pattern, 16 at once", "upsc16.cpu", "haproxy", False, 1 / 7, 1 / 12),
-    Target("CPU an exchange, 32 sessions", "poll32.cpu", "haproxy", False, 1.25, 1.0),
-    Target("CPU an exchange, 32 sessions", "poll32.cpu", "stunnel", False, 0.7, 0.4),
-    Target("p99 in the RSA-4096 storm", "storm.p99", "stunnel", False, 1 / 5, 1 / 15),
-    Target("PSS, 1,000 sessions, server side", "pss.server_pss_1000", "haproxy", False, 0.75, 0.5),
-    Target("PSS idle, server side", "pss.server_pss_0", "stunnel", False, 1.1, 0.9),
+    Target("32 pollers: exchanges/s", "poll32.rate", "haproxy", 1.3, 1.6, True),
+    Target("32 pollers: CPU an exchange", "poll32.cpu", "haproxy", 0.7, 0.5),
+    Target("32 pollers: CPU an exchange", "poll32.cpu", "stunnel", 0.25, 0.17),
+    Target("upsc, 16 at once: sessions/s", "upsc16.rate", "haproxy", 9, 12, True),
+    Target("upsc, 16 at once: sessions/s", "upsc16.rate", "stunnel", 11, 15, True),
+    Target("upsc, 16 at once: sessions/s", "upsc16.rate", "upsd", 0.4, 0.5, True),
+    Target("upsc, 16 at once: CPU a session", "upsc16.cpu", "haproxy", 1 / 14, 1 / 18),
+    Target("32 logged in: CPU an exchange", "login32.cpu", "haproxy", 1.5, 1.3),
+    Target("1 session: p50", "poll1.p50", "haproxy", 1.15, 1.0),
+    Target("RSA-4096 storm: p99", "storm.p99", "stunnel", 1 / 2, 1 / 4),
+    Target("idle: private memory", "memory.server_idle_private", "python", 1.45, 1.25),
+    Target("idle: USS", "memory.server_idle_uss", "python", 1.45, 1.25),
+    Target("idle: PSS", "memory.server_idle_pss", "python", 1.45, 1.25),
+    Target("1,000 sessions, server side: PSS", "memory.server_many_pss", "haproxy", 1.25, 1.1),
+    Target("start to first TLS handshake", "start.handshake", "", 1.15, 1.0),
+    Target("32 pollers: CPU an exchange", "poll32.cpu", "", 1.0, 0.95),
+    Target("32 logged in: CPU an exchange", "login32.cpu", "", 1.0, 0.95),
+    Target("upsc, 16 at once: CPU a session", "upsc16.cpu", "", 1.0, 0.95),
+    Target("kB a session, idle", "memory.server_many_each", "", 3.5, 0, difference=True),
+    Target("kB a session, after 18 kB", "memory.server_long_each", "", 6, 0, difference=True),
 )
+FIGURES = {"rate": "each second", "cpu": "CPU each, us", "p50": "p50, ms", "p99": "p99, ms", "worst": "worst, ms",
+           "attack": "attackers' handshakes/s", "upsd": "upsd busy, %", "load": "load process busy, %"}
+TITLES = {"poll32": "32 pollers, exchanges", "login32": "32 logged in, exchanges", "poll1": "1 session, exchanges",
+          "upsc16": "upsc, 16 at once, sessions", "storm": "RSA-4096 storm, exchanges"}
 
 
-def table_rows() -> List[Tuple[str, str]]:
-    """The rows of the table: what stands in the first column, and the figure; rows without figures are not shown."""
-    rows = []
-    for measure, title, thing in (("upsc1", "upsc pattern, 1 at once", "sessions"),
-                                  ("upsc16", "upsc pattern, 16 at once", "sessions"),
-                                  ("poll1", "established sessions, 1", "exchanges"),
-                                  ("poll32", "established sessions, 32", "exchanges"),
-                                  ("poll256", "established sessions, 256", "exchanges"),
-                                  ("storm", "established session in the storm", "exchanges")):
-        rows += [("%s: %s" % (title, what), "%s.%s" % (measure, figure)) for what, figure in (
-            (thing + "/s", "rate"), ("CPU each, us", "cpu"), ("p50, ms", "p50"), ("p99, ms", "p99"),
-            ("upsd busy, %", "upsd_busy"), ("load process busy, %", "load_busy"),
-            ("handshakes/s", "handshakes"), ("handshakes cut off/s", "lost"))]
-    rows += [("%s, %s side, %d sessions, MB" % (kind.upper(), side, step), "pss.%s_%s_%d" % (side, kind, step))
-             for kind in ("pss", "rss") for side in BOTH for step in MEMORY_STEPS]
-    return rows + [("start to first OK STARTTLS, ms", "start.starttls"),
-                   ("start to first TLS handshake, ms", "start.handshake")]
+def table_rows(results: Results) -> List[Tuple[str, str]]:
+    """The rows of the table: what stands in the first column, and the figure."""
+    rows = [("%s: %s" % (title, text), "%s.%s" % (group, figure))
+            for group, title in TITLES.items() for figure, text in FIGURES.items()]
+    for side in ("server", "client"):
+        for step, title in (("idle", "idle"), ("many", "1,000 sessions"), ("long", "and 18 kB each")):
+            rows += [("%s side, %s: %s" % (side, title, label), "memory.%s_%s_%s" % (side, step, kind))
+                     for kind, label in (("private", "private, kB"), ("uss", "USS, kB"), ("pss", "PSS, kB"),
+                                         ("each", "private a session, kB"))]
+    rows.append(("start to first TLS handshake, ms", "start.handshake"))
+    return [row for row in rows if any(row[1] in figures for figures in results.values())]
 
 
 def median(values: Sequence[Optional[float]]) -> Optional[float]:
@@ -775,10 +807,11 @@ def median(values: Sequence[Optional[float]]) -> Optional[float]:
     return statistics.median(known) if known else None
 
 
-def ratio(results: Results, name: str, target: Target) -> Optional[float]:
-    """The median of the rounds' ratios; None without figures of both."""
-    pairs = zip(results.get(name, {}).get(target.figure, ()), results.get(target.against, {}).get(target.figure, ()))
-    return median([own / other if own is not None and other else None for own, other in pairs])
+def compare(results: Results, target: Target, against: str) -> Optional[float]:
+    """The median over the rounds; None without figures of both."""
+    pairs = zip(*(results.get(name, {}).get(target.figure, ()) for name in ("nutshim", target.against or against)))
+    return median([None if own is None or not other else own - other if target.difference else own / other
+                   for own, other in pairs])
 
 
 def number_text(value: Optional[float]) -> str:
@@ -787,205 +820,117 @@ def number_text(value: Optional[float]) -> str:
     return "%.0f" % value if value >= 100 else "%.1f" % value if value >= 10 else "%.2f" % value
 
 
-def ratio_text(value: float) -> str:
+def wanted_text(target: Target, value: float) -> str:
     """6 x, 0.45 x, but 1/12 rather than 0.08 x."""
-    return "%.3g x" % value if value > 0.3 else "1/%.3g" % (1 / value)
-
-
-def verdict(target: Target, value: Optional[float]) -> str:
-    if value is None:
-        return "no figure"
-    better = (lambda wanted: value >= wanted) if target.more_is_better else (lambda wanted: value <= wanted)
-    word = "aim met" if better(target.aim) else "met" if better(target.least) else "SHORT"
-    return "%s, %s" % (ratio_text(value), word)
+    if target.difference:
+        return "%+.1f" % value
+    return "%.3g x" % value if value > 0.3 or target.more_is_better else "1/%.3g" % (1 / value)
 
 
 def print_columns(lines: List[List[str]]) -> None:
     """A table with its first column to the left and the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join([line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]))
 
 
-def print_results(results: Results, shims: List[str], rounds: int) -> None:
-    names = [name for name in results if results[name]]
-    lines = [["median of %d rounds" % rounds] + names]
-    for label, figure in table_rows():
-        values = [median(results[name].get(figure, ())) for name in names]
-        if any(value is not None for value in values):
-            lines.append([label] + [number_text(value) for value in values])
-    print_columns(lines)
-    print()
-    lines = [["ratio", "at least", "aim"] + shims]
+def print_results(results: Results, against: str, rounds: int) -> None:
+    names, said = list(results), "median of %d round(s)" % rounds
+    lines = [[label] + [number_text(median(results[name].get(figure, ()))) for name in names]
+             for label, figure in table_rows(results)]
+    if lines:
+        print_columns([[said] + names] + lines)
+    names = [name for name in names if any(figure.startswith("attack ") for figure in results[name])]
+    if names:
+        print("\nwaits of an established session under attack: p50 / p99 / worst, ms")
+        print_columns([[said] + names] + [
+            [attack] + [" / ".join(number_text(median(results[name].get("attack %s.%s" % (attack, figure), ())))
+                                   for figure in ("p50", "p99", "worst")) for name in names]
+            for attack in tuple(ATTACKS) + KEY_ATTACKS])
+    lines = []
     for target in TARGETS:
-        values = [ratio(results, name, target) for name in shims]
-        if any(value is not None for value in values):
-            sign = "" if target.more_is_better else "<= "
-            lines.append(["%s, against %s" % (target.label, target.against), sign + ratio_text(target.least),
-                          sign + ratio_text(target.aim)] + [verdict(target, value) for value in values])
-    if lines[1:]:
-        print_columns(lines)
+        value = compare(results, target, against)
+        if value is not None:
+            better = (lambda limit: value >= limit) if target.more_is_better else (lambda limit: value <= limit)
+            lines.append(["%s, against %s" % (target.label, target.against or against)]
+                         + [("" if target.more_is_better else "<= ") + wanted_text(target, limit)
+                            for limit in (target.least, target.aim)] + [wanted_text(target, value)] + [
+                "aim met" if better(target.aim) else "met" if better(target.least) else "SHORT"])
+    if lines:
+        print()
+        print_columns([["ratio of nutshim's figure", "at least", "aim", "got", ""]] + lines)
 
 
-NOTES = """
-upsd: straight to upsd in the clear, the limit.  Where upsd is busy at nearly 100 %, it is upsd that limits the figure.
-CPU each: client's and server's process together, for one session or exchange.
-Memory is measured once.  RSS is what a process has where nothing else on the box uses the same libraries.  PSS
-flatters nutshim here: the benchmark is Python too, and takes a share of the interpreter's pages."""
-
-
-# ---- chart -------------------------------------------------------------------------------------------------------
-
-def chart(results: Results, shims: List[str]) -> str:
-    """An SVG: for each ratio a bar, how many times better nutshim is (less than 1: worse), on a logarithmic scale."""
-    rows = [(target, name, ratio(results, name, target)) for target in TARGETS for name in shims]
-    rows = [row for row in rows if row[2]]
-    left, width, step, top = 420 if len(shims) == 1 else 490, 420, 30, 64
-    low, high = 0.1, 100.0
-
-    def across(times: float) -> float:
-        share = math.log(min(max(times, low), high) / low) / math.log(high / low)
-        return left + share * width
-
-    def better(target: Target, value: float) -> float:
-        return value if target.more_is_better else 1 / value
-
-    bottom = top + step * len(rows)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" font-family="sans-serif" font-size="13">'
-             % (left + width + 90, bottom + 60), '<rect width="100%" height="100%" fill="white"/>',
-             '<text x="16" y="26" font-size="16" font-weight="bold">nutshim against others: how many times better'
-             '</text>']
-    for times in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
-        x = across(times)
-        parts.append('<line x1="%.1f" y1="%d" x2="%.1f" y2="%d" stroke="%s"/>'
-                     % (x, top - 8, x, bottom, "#444" if times == 1 else "#ddd"))
-        parts.append('<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%g</text>' % (x, top - 14, times))
-    for row, (target, name, value) in enumerate(rows):
-        y, times = top + row * step, better(target, value)
-        ends = sorted((across(1), across(times)))
-        good = times >= better(target, target.least)
-        label = "%s, against %s" % (target.label, target.against)
-        parts.append('<text x="%d" y="%d" text-anchor="end">%s</text>'
-                     % (left - 10, y + 16, escape(label if len(shims) == 1 else "%s: %s" % (name, label))))
-        parts.append('<rect x="%.1f" y="%d" width="%.1f" height="16" fill="%s"/>'
-                     % (ends[0], y + 4, max(ends[1] - ends[0], 1), "#2f7d4f" if good else "#c0662b"))
-        for wanted, colour in ((target.least, "#000"), (target.aim, "#888")):
-            x = across(better(target, wanted))
-            parts.append('<line x1="%.1f" y1="%d" x2="%.1f" y2="%d" stroke="%s" stroke-width="2"/>'
-                         % (x, y + 1, x, y + 23, colour))
-        parts.append('<text x="%d" y="%d">%s</text>' % (left + width + 10, y + 16, escape(ratio_text(value))))
-    parts.append('<text x="16" y="%d" fill="#555">Ticks: wanted at least (black), aim (grey). Orange: short of it. '
-                 'Right: the ratio itself. %s</text></svg>' % (bottom + 30, escape(time.strftime("%Y-%m-%d"))))
-    return "\n".join(parts) + "\n"
-
-
-# ---- main --------------------------------------------------------------------------------------------------------
+# ---- main ---------------------------------------------------------------------------------------
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure nutshim beside stunnel, haproxy and upsd in the clear.")
-    parser.add_argument("--quick", action="store_true", help="2 short rounds, to see that all works")
-    parser.add_argument("--rounds", type=int, help="how often each measure is taken (default 5)")
-    parser.add_argument("--seconds", type=float, help="length of one measurement (default 2)")
-    parser.add_argument("--only", metavar="NAME,…", help="%s (default all)" % ", ".join(CANDIDATES))
-    parser.add_argument("--measure", metavar="NAME,…", help="%s, or the beginning of a name" % ", ".join(MEASURES))
-    parser.add_argument("--nutshim", metavar="PATH", action="append",
-                        help="nutshim.py to measure; repeat it to compare versions as nutshim, nutshim2, …")
-    parser.add_argument("--python", metavar="PATH", default=sys.executable,
-                        help="the Python that runs nutshim.py (default: this one)")
-    parser.add_argument("--upsd", metavar="HOST:PORT", help="a upsd that runs already, instead of one of our own")
-    parser.add_argument("--json", metavar="FILE", help="write all figures of all rounds there")
-    parser.add_argument("--svg", metavar="FILE", help="write a bar chart of the ratios there")
+    parser = argparse.ArgumentParser(description="Measure nutshim beside haproxy, stunnel and upsd in the clear.",
+                                     epilog="groups: %s (default: all). A look at all of them within two minutes: "
+                                     "--rounds 1 --seconds 0.5" % ", ".join(GROUPS))
+    parser.add_argument("groups", metavar="GROUP", nargs="*", help="what to measure, see below")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each measure is taken (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2, help="length of one measurement (default %(default)s)")
+    parser.add_argument("--nutshim", metavar="FILE", default=NUTSHIM, help="nutshim.py to measure (default: this one)")
+    parser.add_argument("--against", metavar="FILE", help="another nutshim.py to measure beside it")
+    parser.add_argument("--python", metavar="FILE", help="Python for both (default: /usr/bin/python3, else this one; "
+                        "another than runs this file, so that they share no pages with it)")
     options = parser.parse_args(argv)
-    options.rounds = options.rounds or (2 if options.quick else 5)
-    options.seconds = options.seconds or (0.5 if options.quick else 2.0)
-    options.nutshim = options.nutshim or [os.path.join(os.path.dirname(HERE), "nutshim.py")]
-    wanted = options.measure.split(",") if options.measure else MEASURES
-    options.measures = [name for name in MEASURES if name.startswith(tuple(wanted))]
-    for name in wanted:
-        if not any(measure.startswith(name) for measure in MEASURES):
-            parser.error("unknown measure %s; there are %s" % (name, ", ".join(MEASURES)))
-    options.only = options.only.split(",") if options.only else CANDIDATES
-    for name in set(options.only).difference(CANDIDATES):
-        parser.error("unknown candidate %s; there are %s" % (name, ", ".join(CANDIDATES)))
+    system = "/usr/bin/python3"
+    options.python = options.python or (system if os.path.exists(system) else sys.executable)
+    for group in options.groups:
+        if group not in GROUPS:
+            parser.error("no such group: %s; there are %s" % (group, ", ".join(GROUPS)))
+    options.groups = options.groups or GROUPS
     return options
 
 
 def find_candidates(options: argparse.Namespace) -> List[Candidate]:
-    """Those that are wanted and here; a missing one is left out and said so."""
-    found = []  # type: List[Candidate]
-    if "nutshim" in options.only:
-        for number, path in enumerate(options.nutshim, 1):
-            name = "nutshim" if number == 1 else "nutshim%d" % number
-            if os.path.exists(path):
-                found.append(nutshim(name, os.path.abspath(path), options.python))
-            else:
-                say("%s is left out: no file %s" % (name, path))
-    for make, package in ((stunnel, "stunnel4"), (haproxy, "haproxy")):
-        name = make.__name__
-        if name in options.only:
-            program = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
-            if program:
-                found.append(make(name, program))
-            else:
-                say("%s is left out: not installed (Debian package %s)" % (name, package))
+    """Those that are here; a missing one is left out and said so."""
+    found = [nutshim("nutshim", os.path.abspath(options.nutshim), options.python)]
+    if options.against:
+        found.append(nutshim(os.path.basename(options.against), os.path.abspath(options.against), options.python))
+    for make, package in ((haproxy, "haproxy"), (stunnel, "stunnel4")):
+        program = shutil.which(make.__name__, path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
+        if program:
+            found.append(make(program))
+        else:
+            say("%s is left out: not installed (Debian package %s)" % (make.__name__, package))
     return found
 
 
 def version_of(candidate: Candidate) -> str:
     done = subprocess.run(candidate.version, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = done.stdout.decode("utf-8", "replace").splitlines()
-    return "%s (%s)" % (next((line.strip() for line in lines if re.search(r"\d\.\d", line)), "version unknown"),
-                        " ".join(candidate.program[:2] if candidate.starttls else candidate.program[:1]))
+    return next((line.strip() for line in lines if re.search(r"\d\.\d", line)), "version unknown")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     options = parse(argv)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    files = FILES_AT_MOST if hard == resource.RLIM_INFINITY else min(hard, FILES_AT_MOST)
+    files = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)   # they end the run as Ctrl-C does
-    lab, ended = Lab(), False
-    try:
-        make_certificates(lab)
-        upsd = use_upsd(options.upsd) if options.upsd else start_upsd(lab)
+        signal.signal(number, signal.default_int_handler)   # they end the run as Ctrl-C does
+    with Lab() as lab:
         candidates = find_candidates(options)
-        about = {"date": time.strftime("%Y-%m-%d %H:%M"), "processors": os.cpu_count(), "kernel": platform.release(),
-                 "rounds": options.rounds, "seconds": options.seconds, "upsd": options.upsd or "own",
-                 "candidates": {candidate.name: version_of(candidate) for candidate in candidates}}
-        run = Run(lab, upsd, candidates, options.measures, options.rounds, options.seconds)
+        run, code = Run(lab, candidates, options), 0
         try:
             run.alone()
-            run.side_by_side("upsd" in options.only)
+            run.side_by_side()
         except KeyboardInterrupt:
-            ended = True
             say("\nended early; the results so far:")
-        print("%(date)s, %(processors)s processors, Linux %(kernel)s, %(seconds)g s a measurement" % about)
-        for item in about["candidates"].items():
-            print("%s: %s" % item)
+            code = 130
+        except Failure as error:
+            say("bench.py: %s" % error)
+            code = 1
+        print("%s, %d processors, Linux %s, %g s a measurement" % (
+            time.strftime("%Y-%m-%d %H:%M"), os.cpu_count() or 0, platform.release(), options.seconds))
+        for candidate in candidates:
+            print("%s: %s" % (candidate.name, version_of(candidate)))
         print()
-        shims = [candidate.name for candidate in candidates if candidate.name.startswith("nutshim")]
-        if any(run.results.values()):
-            print_results(run.results, shims, options.rounds)
-            print(NOTES)
-        ratios = {name: {"%s, against %s" % (target.label, target.against): ratio(run.results, name, target)
-                         for target in TARGETS} for name in shims}
-        if options.json:
-            with open(options.json, "w") as file:
-                json.dump({"about": about, "results": run.results, "ratios": ratios}, file, indent=1)
-        if options.svg:
-            with open(options.svg, "w") as file:
-                file.write(chart(run.results, shims))
-    except KeyboardInterrupt:
-        ended = True
-    except (Failure, OSError) as error:
-        say("bench.py: %s" % error)
-        return 1
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)        # an impatient second Ctrl-C must leave nothing behind
-        lab.close()
-    return 130 if ended else 0
+        if run.results:
+            print_results(run.results, os.path.basename(options.against or ""), options.rounds)
+    return code
 
 
 if __name__ == "__main__":

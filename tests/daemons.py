@@ -5,6 +5,7 @@ The fixtures that go with it (daemon, account, python_for_all) are in conftest.p
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 
 from harness import IS_ROOT, NUTSHIM, PlainClient, TlsClient, config_text, folder, free_port, poll, run, write
 
+NO_FILE, NO_DESCRIPTOR = (re.escape(os.strerror(number)) for number in (errno.ENOENT, errno.EMFILE))
 as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d nutshim\[\d+\] "
 

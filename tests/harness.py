@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -28,6 +29,8 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 NUTSHIM = os.path.join(ROOT, "nutshim.py")
 IS_ROOT = os.geteuid() == 0
+# The reader of what the programs print takes so many seconds a line: shows tests that look before they wait.
+SLOW_READER = float(os.environ.get("NUTSHIM_TEST_SLOW_READER", "0"))
 
 
 # ---- basics -------------------------------------------------------------------------------------
@@ -97,6 +100,20 @@ def folder(prefix):
 
 # ---- processes ----------------------------------------------------------------------------------
 
+def late(lines, seconds):
+    """The same lines, each so many seconds after the one before, but never late by more than ten times that."""
+    waiting = queue.Queue()
+
+    def read():
+        for line in lines:
+            waiting.put((time.monotonic() + 10 * seconds, line))
+        waiting.put(None)
+    threading.Thread(target=read, daemon=True).start()
+    for latest, line in iter(waiting.get, None):
+        time.sleep(max(0, min(seconds, latest - time.monotonic())))
+        yield line
+
+
 class Process:
     """A program in the background; what it prints is collected in lines."""
 
@@ -110,7 +127,7 @@ class Process:
         self._reader.start()
 
     def _collect(self):
-        for line in self._popen.stdout:
+        for line in late(self._popen.stdout, SLOW_READER) if SLOW_READER else self._popen.stdout:
             self.lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
     @property
@@ -233,6 +250,12 @@ def nut_program(name):
     """
     paths = [os.path.join(path, name) for path in NUT_FOLDERS]
     return next((path for path in paths if os.access(path, os.X_OK)), None)
+
+
+def nut_version():
+    """The version of NUT, such as (2, 8, 0)."""
+    done = run(nut_program("upsmon"), "-V")
+    return tuple(map(int, re.search(r"Network UPS Tools \S+ (\d+)\.(\d+)\.(\d+)", done.stdout + done.stderr).groups()))
 
 
 def missing_nut():
@@ -531,12 +554,15 @@ class Shim(Process):
     def _wait_ready(self, ready):
         with open(self.config, encoding="utf-8") as file:
             text = file.read()
-        if ready is None:
-            sections = re.split(r"(?m)^\s*\[.*\]", text)[1:]
-            listens = [re.search(r"(?m)^\s*listen\s*=(.*)", section) for section in sections]
-            ready = sum(listen.group(1).count(",") + 1 if listen else 1 for listen in listens)
-        poll(lambda: not self.alive or len(self.listening) >= ready, 10,
-             lambda: "%d listening lines of nutshim:\n%s" % (ready, self.log))
+        wanted = {}
+        if ready is None:                           # a name may have two addresses, so each section counts for itself
+            parts = re.split(r"(?m)^\s*\[(.*)\]", text)
+            for section, options in zip(parts[1::2], parts[2::2]):
+                listens = re.search(r"(?m)^\s*listen\s*=(.*)", options)
+                wanted[section] = listens.group(1).count(",") + 1 if listens else 1
+        poll(lambda: not self.alive or len(self.listening) >= (ready or 0) and all(
+            len(self.ports(section)) >= count for section, count in wanted.items()), 10,
+             lambda: "%s listening lines of nutshim:\n%s" % (ready or wanted, self.log))
         assert self.alive, "nutshim ended with %s:\n%s" % (self.wait(), self.log)
 
     @property

@@ -18,7 +18,7 @@ import time
 import pytest
 
 from harness import (VARIABLES, FalseServer, Nut, Peer, PlainClient, Relay, Shim, TlsClient, client_context, free_port, listen,
-                     many_variables, pair_config, patched, poll, says, shim_status, status, tls, write)
+                     many_variables, nut_version, pair_config, patched, poll, says, shim_status, status, tls, write)
 
 UNLIMITED = {"max_sessions_per_address": 1000}
 
@@ -483,7 +483,8 @@ def test_a_reader_that_does_not_read_stalls_upsd_for_seconds_only(pki, spare, tm
     The limit, of 10 s, is set to 2 here, and as it is in tests/soak.
     """
     wait, grown = greedy_reader(pki, spare, how == "hardly", script=patched(str(tmp_path), "nutshim.STALL_LIMIT = 2"))
-    assert 1 < wait < 9                             # it did block upsd, and not for longer
+    assert wait < 9
+    assert wait > 1 or nut_version() > (2, 8, 1)    # it did block upsd; later ones (seen: 2.8.5) do not let it
     assert grown < 4096
 
 

@@ -14,7 +14,6 @@ import pty
 import re
 import select
 import shutil
-import signal
 import ssl
 import stat
 import subprocess
@@ -86,6 +85,7 @@ def load_tool():
 
 
 tool = load_tool()
+tool.reader()  # once here, and not in every fork
 
 
 def forked(function, output=os.devnull):
@@ -496,8 +496,9 @@ def test_every_python(tmp_path, version):
 
 OPENWRT = """
 import sys
+OPENSSL = set('%s'.split())
 MISSING = set('''logging unittest asyncio email urllib multiprocessing ctypes decimal _decimal unicodedata uuid xml pydoc lzma
-_lzma sqlite3 readline dbm pathlib concurrent http statistics ssl _ssl _hashlib turtle idlelib lib2to3 cgi'''.split())
+_lzma sqlite3 readline dbm pathlib concurrent http statistics turtle idlelib lib2to3 cgi'''.split()) | OPENSSL
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in MISSING or name == "importlib.metadata":
@@ -511,17 +512,22 @@ try:
 except LookupError:
     pass
 sys.argv = sys.argv[1:]
+__file__ = sys.argv[0]
 exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
 """
 
 
 def test_python3_light_of_openwrt_is_enough(tmp_path):
-    """It runs without the modules and the idna codec that OpenWrt's python3-light lacks, and without ssl."""
-    done = run(sys.executable, "-S", "-E", "-c", OPENWRT, MKNUTCERT, "-d", tmp_path)
+    """It runs without the modules and the idna codec that OpenWrt's python3-light lacks; without ssl too, where it reads no
+    certificate, and else names the package."""
+    light = ("-S", "-E", "-c", OPENWRT % "ssl _ssl _hashlib", MKNUTCERT)
+    done = run(sys.executable, *light, "-d", tmp_path)
     assert done.returncode == 0, done.stderr
+    done = run(sys.executable, *light, "show", next(str(path) for path in tmp_path.iterdir()))
+    assert done.returncode == 1 and "install python3-openssl" in done.stderr, done.stderr
     for args in (("ca", "-d", tmp_path / "ca"), ("client", "c.lan", "-d", tmp_path / "ca", "--bundle", tmp_path / "c.tar"),
                  ("check", "-d", tmp_path / "ca", tmp_path / "ca/ca.pem")):
-        done = run(sys.executable, "-S", "-E", "-c", OPENWRT, MKNUTCERT, *args)
+        done = run(sys.executable, "-S", "-E", "-c", OPENWRT % "", MKNUTCERT, *args)
         assert done.returncode == 0, done.stderr
 
 
@@ -554,8 +560,9 @@ def test_without_the_options_that_libressl_lacks(tmp_path):
     verify(pair.client, pair.server, "-verify_hostname", "localhost")
     verify(ca.cert, ca.make("server", "a.lan"), "-verify_hostname", "a.lan")
     client = ca.make("client", "c.lan")
-    for command in ("show", "revoke", "renew"):
-        assert "unknown option" in refused(command, client, *() if command == "show" else ("-d", ca.folder), path=path)
+    mk("show", client, path=path)
+    for command in ("revoke", "renew"):
+        assert "unknown option" in refused(command, client, "-d", ca.folder, path=path)
 
 
 def test_the_systems_openssl_configuration_does_not_count(tmp_path):
@@ -693,7 +700,7 @@ FILE_CALLS = ("open", "fsync", "replace", "link", "unlink", "fchmod", "fchown", 
 
 
 def hook(call):
-    """Let call(name, args) see each of the tool's system calls that create, write out or move a file."""
+    """Let call(name, args) see each of the tool's system calls that create, write out or move a file, before it is made."""
     for name in FILE_CALLS:
         def hooked(*args, _name=name, _real=getattr(os, name), **options):
             if _name != "open" or len(args) > 1 and args[1] & os.O_CREAT:
@@ -842,7 +849,7 @@ def test_read_only_disk(tmp_path):
         before = content(small)
         assert run("mount", "-o", "remount,ro", small).returncode == 0
         text = refused(*pair.args, "-y")
-        assert "Read-only" in text and pair.server in text
+        assert "Read-only" in text and small in text
         assert "Read-only" in refused("server", "a.lan", "-d", ca.folder)
         assert "Read-only" in refused("ca", "-d", small + "/new")
         assert content(small) == before
@@ -897,76 +904,6 @@ def test_runs_at_once_in_one_ca(tmp_path):
     assert codes[:8] == [0] * 8 and sorted(codes[8:]) == [0, 1, 1]
     assert ossl("crl", "-in", ca.crl, "-noout", "-text").count("Serial Number:") == 8
     verify(str(tmp_path / "new/ca.pem"), str(tmp_path / "new/ca.pem"))
-
-
-def killed_everywhere(tmp_path, calls, args, prepare, check):
-    """Kill a run before each of those system calls on files in turn, and check after each; how often."""
-    for number in range(1, 100):
-        prepare()
-
-        def child(number=number):
-            seen = []
-
-            def call(name, args):
-                if name in calls and "mkNUTcert-" not in str(args[0]):
-                    seen.append(name)
-                    if len(seen) == number:
-                        os.kill(os.getpid(), signal.SIGKILL)
-            tempfile.tempdir = str(tmp_path)  # what is left there goes with it
-            hook(call)
-            return tool.main(args)
-        code = wait(forked(child))
-        check()
-        if code != 128 + signal.SIGKILL:
-            assert code == 0
-            return number - 1
-    raise AssertionError("no end")
-
-
-def test_killed_while_it_replaces_a_pair(tmp_path):
-    """Killed at any moment, a run leaves each file as it was or whole and new, and what else it leaves is hidden and private."""
-    pair = Pair(tmp_path / "pair")
-    old = content(pair.folder)
-    states = set()
-
-    def prepare():
-        for name, (data, _) in old.items():
-            with open(os.path.join(pair.folder, name), "wb") as file:
-                file.write(data)
-
-    def check():
-        now = content(pair.folder)
-        assert blocks(pair.server) == ["PRIVATE KEY", "CERTIFICATE", "CERTIFICATE"] and blocks(pair.client) == ["CERTIFICATE"]
-        assert [now[name][1] for name in sorted(old)] == [old[name][1] for name in sorted(old)]
-        states.add(tuple(now[name] == old[name] for name in ("server.pem", "clients.pem")))
-        for name in set(now) - set(old):
-            assert re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name)
-            assert b"PRIVATE" not in now[name][0] or now[name][1] in (0o600, 0o640)
-            os.unlink(os.path.join(pair.folder, name))
-    assert killed_everywhere(tmp_path, FILE_CALLS, list(pair.args) + ["-y"], prepare, check) >= 10
-    assert {(True, True), (False, False)} <= states
-
-
-def test_killed_in_the_ca(tmp_path):
-    """Killed at any moment, `ca`, `server` and `revoke` leave a CA that the next run can make or use, and no revocation is lost."""
-    folder, calls = str(tmp_path / "new"), ("mkdir", "open", "replace")
-
-    def made():
-        if not os.path.exists(folder + "/ca.pem"):
-            mk("ca", "-d", folder)
-        mk("revoke", Ca.make(new, "client", "x.lan"), "-d", folder)
-    new = Ca(folder)
-    assert killed_everywhere(tmp_path, calls, ["ca", "-d", folder], lambda: shutil.rmtree(folder), made) >= 14
-    ca = Ca(tmp_path / "ca")
-    revoked, good, victim = [ca.make("client", name) for name in ("bad.lan", "good.lan", "victim.lan")]
-    mk("revoke", revoked, "-d", ca.folder)
-
-    def usable():
-        verify(ca.cert, good, "-crl_check", "-CRLfile", ca.crl)
-        assert "certificate revoked" in verify(ca.cert, revoked, "-crl_check", "-CRLfile", ca.crl, ok=False)
-    assert killed_everywhere(tmp_path, calls, ["server", "s.lan", "-y", "-d", ca.folder], lambda: None, usable) >= 6
-    assert killed_everywhere(tmp_path, calls, ["revoke", victim, "-d", ca.folder], lambda: None, usable) >= 7
-    assert "certificate revoked" in verify(ca.cert, victim, "-crl_check", "-CRLfile", ca.crl, ok=False)
 
 
 # ---- the CA that stays --------------------------------------------------------------------------
@@ -1144,7 +1081,7 @@ def test_show(tmp_path, kit):
     text = mk("show", server, ca.crl, path=kit.path)
     key = {"ec": "EC P-256", "rsa:2048": "RSA 2048", "ed25519": "Ed25519"}[kit.key_type]
     for part in ("private key, %s, of certificate 1" % key, "certificate 1, for TLS Web Server Authentication", "O=Söhne, CN=a.lan",
-                 "DNS:a.lan, IP:::1", "10 days left", "issuer:  itself", "no end", pin(server), "certificate revocation list"):
+                 "DNS:a.lan, IP:::1", "10 days left", "issuer:  itself", "never expires", pin(server), "certificate revocation list"):
         assert part in text, part
     text = mk("show", "missing.pem", ca.cert, MKNUTCERT, expect=1, path=kit.path)
     assert "missing.pem: No such file" in text and "no whole PEM file" in text and "of a CA" in text
@@ -1190,7 +1127,7 @@ def test_check_names_each_fault_and_its_cure(tmp_path):
     assert "the key is not that of the first certificate" in faults(file(parts[client][0], *parts[server][1:]))
     assert "the key is not that of the certificates" in faults(file(parts[client][0]), server)
     alone = file(*parts[server][:2])
-    assert "unable to get local issuer" in faults(alone, d=other.folder)
+    assert "its CA C=FR, O=Network UPS Tools, CN=NUT CA of" in faults(alone, d=other.folder)
     faults(alone, "--trust", ca.cert, d=other.folder, code=0)
     assert "chmod o=" in faults(write(str(tmp_path / "y.pem"), "".join(parts[server]), 0o644))
     assert "chmod go-w" in faults(write(str(tmp_path / "z.pem"), "".join(parts[server]), 0o620))
@@ -1322,8 +1259,8 @@ def test_full_life(tmp_path, nut):
         life.refused("certificate revoked", "is revoked")
 
 
-EXPIRED = {"client": ("certificate has expired: renew it", "certificate expired"),
-           "server": ("certificate expired", "certificate has expired: renew it")}
+EXPIRED = {"client": ("has expired: renew it", "certificate expired"),
+           "server": ("certificate expired", "has expired: renew it")}
 
 
 @pytest.fixture(scope="module")

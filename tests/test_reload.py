@@ -15,7 +15,7 @@ import threading
 import time
 
 from certs import Authority
-from daemons import as_root, read, refused, runs, server_section, turned_away, works
+from daemons import NO_FILE, as_root, read, refused, runs, server_section, turned_away, works
 from harness import (FalseServer, PlainClient, TlsClient, client_context, command, folder, free_port, pair_config, patched,
                      poll, run_shim, silent, status, write)
 
@@ -90,7 +90,7 @@ def test_a_faulty_reload_changes_nothing_and_says_why(shim, nut, pki, tmp_path):
     cases = [
         (dict(section, lissten="*:1"), r"nutshim\.conf:\d+:.* lissten"),
         (dict(section, min_tls="1.4"), r"nutshim\.conf:\d+:.* min_tls: expected 1\.3 or 1\.2"),
-        (dict(section, certificate=str(tmp_path / "none.pem")), r"nutshim\.conf:\d+:.*none\.pem: No such file"),
+        (dict(section, certificate=str(tmp_path / "none.pem")), r"nutshim\.conf:\d+:.*none\.pem: " + NO_FILE),
         (dict(section, certificate=broken), r"nutshim\.conf:\d+:.*broken\.pem"),
         (dict(section, certificate=foreign), r"nutshim\.conf:\d+:.*foreign\.pem.*does not belong"),
         (dict(section, certificate=pki.server.cert), r"(?i)nutshim\.conf:\d+:.*expected.*private key"),

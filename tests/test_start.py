@@ -18,7 +18,7 @@ import time
 
 import pytest
 
-from daemons import (PLANTED, as_root, becoming, keepalive_timers, own_copy, proc_status, read, refused, runs,
+from daemons import (NO_FILE, PLANTED, as_root, becoming, keepalive_timers, own_copy, proc_status, read, refused, runs,
                      server_section, works)
 from harness import (NUTSHIM, PlainClient, Shim, TlsClient, command, free_port, patched, poll, run, run_shim,
                      shim_status, status, write)
@@ -65,12 +65,12 @@ def test_the_background_process_survives_closed_standard_files(daemon, nut, pki)
 
 FAILED_STARTS = {
     "port taken": ({"listen": "127.0.0.1:{taken}"}, {}, (), "127.0.0.1:{taken}.*in use"),
-    "missing certificate": ({"certificate": "{folder}/missing.pem"}, {}, (), r"missing\.pem: No such file"),
-    "unwritable pidfile": ({}, {"pidfile": "{folder}/none/nutshim.pid"}, (), r"none/nutshim\.pid: No such file"),
+    "missing certificate": ({"certificate": "{folder}/missing.pem"}, {}, (), r"missing\.pem: " + NO_FILE),
+    "unwritable pidfile": ({}, {"pidfile": "{folder}/none/nutshim.pid"}, (), r"none/nutshim\.pid: " + NO_FILE),
     "unknown user": ({}, {"user": "nobody-such"}, (), "user.*nobody-such"),
     "unknown user of -u": ({}, {}, ("-u", "nobody-such"), "user.*nobody-such"),
     "chroot that is none": ({}, {}, ("-r", "{folder}/none"), "chroot.*none"),
-    "log in no directory": ({}, {"log": "{folder}/none/log"}, (), "log.*none/log: No such file"),
+    "log in no directory": ({}, {"log": "{folder}/none/log"}, (), "log.*none/log: " + NO_FILE),
     "log to stderr": ({}, {"log": "stderr"}, (), "log.*stderr.*-F"),
 }
 
@@ -202,7 +202,7 @@ def started_as_a_program(path, code):
                  "runpy.run_path(%r, run_name='__main__')\n" % (code, NUTSHIM, NUTSHIM), 0o644)
 
 
-NO_FILE = """
+NO_MEMFD = """
 def fails(*_):
     raise OSError(38, "Function not implemented")
 os.memfd_create = fails
@@ -210,7 +210,7 @@ os.memfd_create = fails
 
 
 @pytest.mark.parametrize("code, env, way", [
-    (NO_FILE, {}, "source: .*Function not implemented"),
+    (NO_MEMFD, {}, "source: .*Function not implemented"),
     ("if hasattr(os, 'memfd_create'): del os.memfd_create", {}, "bytecode"),
     ("", {"PYTHONPATH": "/nonexistent"}, "source: .*environment"),
     ("", {"PYTHONHOME": sys.base_prefix}, "source: .*environment")],

@@ -578,8 +578,11 @@ def test_trust_in_a_hashed_directory(servers, shim, pki, tmp_path, need):
     assert len(names) == 2
     for name in names:
         shutil.copy(linked / name, alone / name)
-    verifies(servers, shim, *[(server, {"trust": folder}, words) for folder in (linked, alone)
-                              for server, words in (("server", None), ("unknown_ca", "unknown CA"))])
+    crl = linked / "crl.pem"                        # elsewhere a list counts for nothing
+    verifies(servers, shim, *[(server, {"trust": folder, "crl": crl}, words) for folder in (linked, alone)
+                              for server, words in (("server", None), ("unknown_ca", "unknown CA|revocation list"))])
+    config = write(tmp_path / "nutshim.conf", "[c]\nrole = client\nupstream = localhost\ntrust = %s\n" % linked)
+    assert "%s: a revocation list, which counts only as crl: set crl = %s\n" % (crl, crl) in run_shim("-t", "-f", config).stderr
 
 
 def test_trust_of_the_system(servers, pki, tmp_path):
