@@ -273,7 +273,7 @@ def test_client_shim_with_tls_1_2_of_upsd(upsd_fronts):
     assert upsc(upsd_fronts.ports["old"]).returncode == 1
     upsd_fronts.shim.wait_log(r"\[old\].*no upstream.*(TLS version|protocol version)", start=mark)
     assert upsc(upsd_fronts.ports["old-allowed"], "ups.status").stdout == "OL\n"
-    upsd_fronts.shim.wait_log(r"\[old-allowed\] shared session: up with .*, TLSv1\.2,", start=mark)
+    upsd_fronts.shim.wait_log(r"\[old-allowed\] shared session: TLS up with .*: TLSv1\.2,", start=mark)
 
 
 @pytest.mark.parametrize("to_upsd", [False, True], ids=["server shim", "upsd"])
