@@ -105,8 +105,10 @@ import enum                         # noqa: E402
 import errno                        # noqa: E402
 import fcntl                        # noqa: E402
 import functools                    # noqa: E402
+import gc                           # noqa: E402
 import hashlib                      # noqa: E402
 import itertools                    # noqa: E402
+import mmap                         # noqa: E402
 import pwd                          # noqa: E402
 import queue                        # noqa: E402
 import re                           # noqa: E402
@@ -162,6 +164,7 @@ MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: no de
 MAX_PEM = 64 << 20        # bytes a PEM file: revocation lists have some MB; a device has no end
 BUNDLE = 8                # certificates in trust that are told of one by one; more are a bundle
 NO_EXPIRY = 253370764800  # seconds since 1970: the year 9999, no known end (RFC 5280 4.1.2.5)
+SPARE_MEMORY = 2 << 20    # bytes free that a new TLS session needs; Python takes 1 MiB at once
 SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dials
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
@@ -2234,12 +2237,24 @@ class Connection:
             self.sock = self.owner = self.on_read = self.on_write = self._fill = self._send = None
 
 
+def _ask_for_memory():
+    """MemoryError while there is still some, for the sessions that run and for OpenSSL.
+
+    Python 3.11 dies when OpenSSL has none for a new engine.
+    """
+    try:
+        mmap.mmap(-1, SPARE_MEMORY).close()     # Never touched, so it costs nothing.
+    except OSError:
+        raise MemoryError from None
+
+
 class Engine:
     """The TLS of one connection between two memory buffers; see Threads above."""
     __slots__ = ("tls", "name", "incoming", "outgoing")
 
     def __init__(self, context: ssl.SSLContext, server: bool, name: Optional[bytes] = None,
                  ticket: Optional[ssl.SSLSession] = None):
+        _ask_for_memory()
         self.name, self.incoming, self.outgoing = name, ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server, name, ticket)
 
@@ -2804,10 +2819,11 @@ class Session:
 
     def _ask(self, data):
         """Questions, up to what is none; that waits until they are answered."""
-        if self.shim.heir and not self.asked:           # The configuration was read again.
-            self.shim = self.shim.latest()
+        latest = self.shim.latest()
+        if not self.asked:                              # The configuration may be another one.
+            self.shim = latest
         shared, at = self.shim.shared, 0
-        share = not (self.alone or self.shim.heir) and shared.open()
+        share = self.shim is latest and not self.alone and shared.open()
         end = data.find(b"\n") + 1
         while end and share and self.asked < MAX_LOCAL_REPLIES:
             asked = question(data[at:end])
@@ -3268,7 +3284,6 @@ class Shared:
         self._silences = 0                      # One after another.
         self._closed_until = 0
         self._retired = False
-        self.loop.timed.add(self)
 
     @property
     def link(self) -> Optional[Connection]:
@@ -3322,10 +3337,12 @@ class Shared:
         deadline = self._since + limit
         if deadline < self.deadline:
             self.deadline = deadline
+            self.loop.timed.add(self)
             self.loop.watch(deadline)
 
     def expired(self) -> None:
         self.deadline = float("inf")
+        self.loop.timed.discard(self)       # Or the shims of all reloads would stay.
         left = self._since + (self._patience() if self._busy() else self.shim.conf.reuse) - self.loop.now
         if not self.links or self._dial:
             return
@@ -3551,12 +3568,13 @@ class Shim:
         self.counts: Counter = collections.Counter()    # Sessions in "total", upstream ones "own".
         self.refused: Counter = collections.Counter()   # By the Reason's words.
         self.addresses: Counter = collections.Counter() # Open sessions by the peer's address.
-        self.heir: Optional[Shim] = None                # The shim of the same name after a reload.
+        self._newest: list = [self]     # Of this name; one list, or old ones would keep all between.
         self.shared = Shared(self)
         self._tickets: dict = {}                # server name -> (until, ssl.SSLSession or None)
 
     def latest(self) -> Shim:
-        return self.heir.latest() if self.heir else self
+        """The shim of the same name after all reloads."""
+        return self._newest[0]
 
     def count(self, place: Union[str, bytes]) -> int:
         """A session from an address_place() begins; its number."""
@@ -3624,7 +3642,8 @@ class Shim:
         for heir in heirs:
             if heir.name == self.name and heir.server == self.server:
                 heir.counts, heir.refused = self.counts, self.refused
-                heir.addresses, self.heir = self.addresses, heir
+                heir.addresses, heir._newest = self.addresses, self._newest
+                self._newest[0] = heir
         self.shared.retire()
 
 
@@ -4553,6 +4572,7 @@ class Daemon:
         """Read the configuration again; on a fault nothing changes. Returns the fault, or None."""
         if self.loop.stopping:
             return "nutshim is stopping"
+        gc.collect()                            # What earlier ones have left: shims know themselves.
         self.process.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
         old, log = self.conf, None
         try:
