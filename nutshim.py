@@ -2109,8 +2109,8 @@ _view = memoryview(_buffer)
 class Connection:
     """One socket in the loop, with the bytes that the kernel did not take yet.
 
-    on_read is called when there is something for recv(); on_write when all that was sent has been
-    taken by the kernel, or the connection is up.
+    on_read is called when there is something for recv(); on_write when the kernel has taken some of
+    what had to wait, or the connection is up.
     """
     __slots__ = ("loop", "owner", "sock", "out", "mask", "on_read", "on_write", "more", "ended",
                  "fault", "peer", "origin", "_wanted", "_ending", "_fill", "_send")
@@ -2203,12 +2203,13 @@ class Connection:
             while self.out:
                 del self.out[:self._send(self.out)]
         except _NOT_NOW:
-            return
+            pass
         except OSError:
-            pass                                # As in send().
-        self.out = b""
-        if self._ending:
-            self._shut()
+            self.out = b""                      # As in send().
+        if not self.out:
+            self.out = b""
+            if self._ending:
+                self._shut()
         self._register()
         if self.on_write:
             self.on_write()
@@ -2547,8 +2548,8 @@ ENDING, CLOSED = "ending", "closed"
 
 # What happens, by state: client readable, upstream readable, writable again, deadline.
 # OPENING is told by a coroutine; CLOSED is the end.
-_EVENTS = {RELAY: ("_commands", "_replies", "_settle", "_idle"),
-           DRAIN: ("_gone", "_replies", "_settle", "_over"),
+_EVENTS = {RELAY: ("_commands", "_replies", "_written", "_idle"),
+           DRAIN: ("_gone", "_replies", "_written", "_over"),
            ENDING: ("_discard", "_gone", "_last_words", "_over")}
 
 
@@ -2609,7 +2610,7 @@ class Session:
 
     def _enter(self, state, seconds):
         """The one change of state, and with it of what happens."""
-        self.state = state
+        self.state, self.last = state, self.loop.now
         commands, replies, written, _ = _EVENTS[state]
         self.client.on_read = getattr(self, commands)
         self.client.on_write = getattr(self, written)
@@ -2696,7 +2697,6 @@ class Session:
         self.shim.counts["own"] += 1
         self.talk = Conversation(ALREADY_TLS if self.client.peer else NO_TLS_HERE,
                                  CLASSES.get(self.access), self.loop.log.debug > 1)
-        self.last = self.loop.now
         self._enter(RELAY, self.shim.conf.idle_timeout)
         self._settle()
 
@@ -2766,12 +2766,18 @@ class Session:
         if waiting or client.out or self.backlog or self.stopping or self.state == DRAIN:
             self._settle()
 
+    def _written(self):
+        self.last = self.loop.now
+        self._settle()
+
     def _settle(self):
         """What follows from bytes moved: who may be read while others cannot take more."""
         client, upstream, talk = self.client, self.upstream, self.talk
         busy = self.asked or bool(talk) and talk.busy
-        if (self.stopping or self.state == DRAIN) and not busy and not self.backlog:
-            return self.finish(Reason.STOP if self.stopping else Reason.CLIENT)
+        if self.stopping and not busy:
+            return self.finish(Reason.STOP)
+        if self.state == DRAIN and not (busy or self.backlog or client.out):
+            return self.finish(Reason.CLIENT)
         full = len(client.out) > HIGH_WATER
         wait = full or self.stopping or self.state == DRAIN
         source = upstream or self.link and self.link.conn
@@ -2885,8 +2891,9 @@ class Session:
     # Ends.
 
     def _client_ended(self):
-        if self.client.fault or not (self.asked or self.talk and self.talk.busy):
-            return self.close(Reason.CLIENT, self.client.fault)
+        client, busy = self.client, self.asked or self.talk and self.talk.busy
+        if client.fault or not (busy or client.out):
+            return self.close(Reason.CLIENT, client.fault)
         # Half-closed: upsd learns of it at once, and its last replies still arrive.
         if self.upstream:
             self.upstream.end()
@@ -2920,6 +2927,7 @@ class Session:
             self._last_words()
 
     def _last_words(self):
+        self.last = self.loop.now
         if self.client.ended:
             if self.client.out:
                 self.client.want(0)
@@ -2951,7 +2959,12 @@ class Session:
             self.finish(Reason.IDLE)
 
     def _over(self):
-        self.close(Reason.CLIENT)
+        """The time for last words has passed, unless some of them still go out."""
+        left = self.last + DRAIN_LIMIT - self.loop.now
+        if left > 0:
+            self._until(left)
+        else:
+            self.close(Reason.CLIENT)
 
     def _let_go(self):
         """Of all but the client's connection."""
@@ -3207,6 +3220,12 @@ class Dial:
         self.cancel()
         failures = "; ".join(dict.fromkeys(self._failures)) or "the name was not resolved in time"
         then(None, ProtocolError(Reason.UPSTREAM, failures))
+
+    def close(self, reason: Reason, detail: str = "") -> None:
+        """After a bug."""
+        if self._then:
+            self._failures.append(f"{reason.words} {detail}".strip())
+            self._lose()
 
     def cancel(self) -> None:
         self._then = None
@@ -3756,10 +3775,10 @@ class Loop:
         """Deadlines that are due; looked at twenty times a second at the most."""
         self._next = float("inf")
         for each in list(self.timed):
-            if each.deadline <= self.now:
-                self.guarded(each, each.expired)
-            else:
+            if each.deadline > self.now:
                 self.watch(each.deadline)
+            elif each in self.timed:        # Another one's end may have been its own.
+                self.guarded(each, each.expired)
         self._next = max(self._next, self.now + 0.05)
 
 
@@ -4022,9 +4041,10 @@ def control(word: str, conf: Conf, form: Optional[str]) -> int:
     """-c: reload, stop or status; the exit status."""
     status, text = ask_daemon(conf, word)
     if status == 0 and word == "status":
-        import json
-        data = json.loads(text)
+        import ast
+        data = ast.literal_eval(text)
         if form == "json":
+            import json
             text = json.dumps(data, indent=1)
         else:
             text = status_prometheus(data) if form else status_table(data)
@@ -4259,7 +4279,6 @@ class Process:
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
                 import ipaddress                # noqa: F401  Out of reach afterwards.
-                import json                     # noqa: F401
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
             os.chdir("/")
@@ -4534,8 +4553,7 @@ class Daemon:
     def request(self, word: str) -> str:
         """A word from the status socket; its answer."""
         if word == "status":
-            import json
-            return "OK\n" + json.dumps(status_data(self))
+            return f"OK\n{status_data(self)}"          # A Python literal: json would cost memory.
         if word == "reload":
             fault = self.reload()
             return "ERR\n" + fault if fault else "OK\nreloaded"

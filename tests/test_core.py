@@ -602,12 +602,15 @@ NO_QUESTIONS = [
 
 def test_questions_are_exactly_these_forms():
     """Only the forms whose reply repeats the question, and VER, NETVER, PROTVER, HELP, are questions."""
+    def parts(raw):
+        found = question(raw)
+        return found.raw, found.head, found.item, found.tail
     for raw, head in NAMED.items():
-        assert question(raw)[:3] == (raw, head.lower(), b"") and not question(raw).tail, raw
+        assert parts(raw) == (raw, head.lower(), b"", b""), raw
     for raw, what in LISTED.items():
-        assert question(raw) == (raw, b"begin list " + what.lower() + b"\n", what + b" ", b"END LIST " + what + b"\n")
+        assert parts(raw) == (raw, b"begin list " + what.lower() + b"\n", what + b" ", b"END LIST " + what + b"\n")
     for raw in ALONE:
-        assert question(raw) == (raw, b"", b"", b""), raw
+        assert parts(raw) == (raw, b"", b"", b""), raw
     for raw in NO_QUESTIONS:
         assert question(raw) is None, raw
     for raw in list(NAMED) + list(LISTED) + ALONE:
@@ -835,9 +838,9 @@ class Model:
         if form < 0.1:
             return chance.choice([b"VER\n", b"NETVER\n", b"HELP\n"])
         if form < 0.5:
-            return b"GET %s %s %s\n" % (chance.choice([b"VAR", b"TYPE", b"DESC"]), ups, name)
+            return b"GET %s %s %s\n" % (chance.choice([b"VAR", b"CMDDESC", b"DESC"]), ups, name)
         if form < 0.6:
-            return chance.choice([b"LIST UPS\n", b"GET NUMLOGINS %s\n" % ups, b"LIST ENUM %s %s\n" % (ups, name)])
+            return chance.choice([b"LIST UPS\n", b"GET UPSDESC %s\n" % ups, b"LIST ENUM %s %s\n" % (ups, name)])
         return b"LIST %s %s\n" % (chance.choice([b"VAR", b"RW", b"CMD"]), ups)
 
     def reply(self, raw, size):
@@ -863,7 +866,7 @@ class Model:
         """Mutate, drop, double, swap, move or cut a line, or put one in."""
         chance, owed, self.wrong = self.chance, self.owed, True
         at = chance.randrange(len(owed))
-        kind = chance.randrange(8)
+        kind = chance.randrange(9)
         if kind == 0:
             line = bytearray(owed[at])
             line[chance.randrange(min(6, len(line) - 1))] = chance.choice(b"\0\nxU E")
@@ -879,6 +882,8 @@ class Model:
             owed.append(owed.pop(at))
         elif kind == 5:
             owed[at] = owed[at][:-1] + b"x" * (512 - len(owed[at]))     # cut, without its newline
+        elif kind == 7:
+            owed[at] = owed[at][:-1]                        # its newline is lost
         elif kind == 6:
             owed.insert(at, chance.choice([b"\0\n", b"\n", b"OK\n", b"END LIST\n", b"\0" * 600]))
         else:
@@ -896,6 +901,27 @@ def is_own(raw, reply):
         return (lines[0], lines[-1]) == (start, end) and all(
             line.startswith(what + b" ") and (tags[0] in line or tags[1] in line) for line in lines[1:-1])
     return len(lines) == 1 and (b"<%s>" % raw.strip() in reply or len(raw.split()) == 1 and b"<" not in reply)
+
+
+GLUED = [
+    (b"GET VAR ups a\n", b'VAR ups a "1"'), (b"GET DESC ups a\n", b'DESC ups a "it is \\"so\\""'),
+    (b"GET TYPE ups a\n", b"TYPE ups a RW STRING:32"), (b"GET NUMLOGINS ups\n", b"NUMLOGINS ups 3"),
+    (b"GET VAR ups a\n", b"ERR VAR-NOT-SUPPORTED")]
+
+
+def test_a_reply_that_has_lost_its_newline_takes_no_other_with_it():
+    """What stands behind a reply in its line is a fault, and nobody gets it; the reply alone is right."""
+    for raw, reply in GLUED:
+        for behind, right in ((b"\n", True), (b'VAR ups b "2"\n', False), (b"NUMLOGINS ups 1\n", False),
+                              (b"\r\n", False), (b' "2"\n', False), (b"ERR UNKNOWN-UPS\n", False)):
+            for pieces in ways(reply + behind):
+                core = Questions()
+                core.ask("one", question(raw))
+                core.ask("other", question(b"GET VAR ups b\n"))
+                core.to_send()
+                got = [each for piece in pieces for each in core.feed(piece)]
+                assert got == ([("one", reply + behind, True)] if right else []), (raw, behind)
+                assert bool(core.fault) != right
 
 
 def ask_and_answer(chance, faulty, rounds):
