@@ -142,7 +142,7 @@ MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
 MAX_HANDSHAKE = 256 * 1024  # bytes of a peer's handshake; a chain of certificates may have 100 KB
 MAX_REPLY_LINE = 512      # upsd cuts a reply line here, without a newline (NUT_NET_ANSWER_MAX)
-MAX_LOCAL_REPLIES = 64    # own replies waiting for their turn, before the client is read again
+MAX_AHEAD = 64            # commands of a client unanswered, before more are taken: upsd's are shared
 HIGH_WATER = 64 * 1024    # bytes unsent to one side, before its other side has to wait
 OVERHEAD = 50             # times its data a peer's TLS may need, and HIGH_WATER more; 7 are honest
 STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's writes block for all
@@ -653,14 +653,22 @@ _words_beyond = re.compile(rb"""(?:
     | (?: [^\s"\#=\\] | \\. ) (?: [^\s\#=\\] | \\. )* (?= [\s\#=] )
     | [= \t\v\f\r]+ )*""", re.VERBOSE | re.DOTALL).match
 _read_alike = re.compile(rb"(?: [^\\\#\n] | \\[^\n] )*", re.VERBOSE).fullmatch
-_unescape = functools.partial(re.compile(rb"\\(.)", re.DOTALL).sub, rb"\1")
 _DROPPED = bytes(range(0x20)) + bytes(range(0x80, 0x100))
+_DROPPED_TO_NUL = bytes.maketrans(_DROPPED, bytes(len(_DROPPED)))
 
 # Whole stateless commands with nothing odd in them: what nearly all traffic is.
 _stateless_lines = re.compile(
     rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
     ).fullmatch
 _known_lines = functools.lru_cache(256)(_stateless_lines)       # Clients repeat themselves.
+
+
+def _unescaped(text):
+    """A word as upsd keeps it: without escapes, and without bytes that it drops."""
+    if b"\\" in text:                   # A regular expression takes 50 times as long.
+        text = text.translate(_DROPPED_TO_NUL).replace(b"\\\\", b"\xff")
+        text = text.translate(None, b"\\\0").replace(b"\xff", b"\\")
+    return text.translate(None, _DROPPED)
 
 
 class Commands:
@@ -703,7 +711,7 @@ class Commands:
                 self._words, self._odd, start = [], False, at
             elif kind:
                 text = token[kind]
-                self._words.append(_unescape(text).translate(None, _DROPPED))
+                self._words.append(_unescaped(text))
                 if len(self._words) >= MAX_WORDS:       # upsd drops what is beyond.
                     beyond = _words_beyond(data, at)
                     text, at = text + beyond[0], beyond.end()
@@ -2710,7 +2718,7 @@ class Session:
             if self.backlog:
                 data = self.backlog + data
                 self.backlog = b""
-            if len(data) > TURN:
+            if len(data) > MAX_AHEAD:       # Fewer bytes are no more commands.
                 self.backlog = data
                 self._turn()
             else:
@@ -2721,7 +2729,13 @@ class Session:
     def _turn(self):
         """Take from the backlog what upsd would in a turn."""
         data = self.backlog
-        cut = data.rfind(b"\n", 0, TURN) + 1 or TURN
+        cut = len(data)
+        if cut > TURN:
+            cut = data.rfind(b"\n", 0, TURN) + 1 or TURN
+        if data.count(b"\n", 0, cut) > MAX_AHEAD:
+            cut = 0
+            for _ in range(MAX_AHEAD):
+                cut = data.index(b"\n", cut) + 1
         self.backlog = data[cut:]
         self._take(data[:cut])
 
@@ -2743,7 +2757,8 @@ class Session:
             self.upstream.send(up)
         if back:
             client.send(back)
-        if self.backlog or client.out or self.upstream.out or talk.due or self.stopping:
+        if (self.backlog or client.out or self.upstream.out or talk.due or self.stopping
+                or talk.sent >= talk.got + MAX_AHEAD):
             self._settle()
 
     def _replies(self):
@@ -2763,7 +2778,8 @@ class Session:
             self.upstream.hurry()
         if talk.facts:
             self._identify(talk.facts)
-        if waiting or client.out or self.backlog or self.stopping or self.state == DRAIN:
+        if (waiting or client.out or self.backlog or self.stopping or self.state == DRAIN
+                or not client.mask):
             self._settle()
 
     def _written(self):
@@ -2782,7 +2798,8 @@ class Session:
         wait = full or self.stopping or self.state == DRAIN
         source = upstream or self.link and self.link.conn
         if talk:
-            wait = wait or bool(upstream.out) or len(talk.due) > MAX_LOCAL_REPLIES
+            ahead = talk.sent - talk.got if talk.counted else 0
+            wait = wait or bool(upstream.out) or max(ahead, len(talk.due)) >= MAX_AHEAD
         if source:
             source.want(0 if full else READ)
         # A line that is not whole yet is no question yet.
@@ -2825,7 +2842,7 @@ class Session:
         shared, at = self.shim.shared, 0
         share = self.shim is latest and not self.alone and shared.open()
         end = data.find(b"\n") + 1
-        while end and share and self.asked < MAX_LOCAL_REPLIES:
+        while end and share and self.asked < MAX_AHEAD:
             asked = question(data[at:end])
             if not asked:
                 break
@@ -2875,7 +2892,8 @@ class Session:
             if self.link and not self.asked:
                 self.shim.close_upstream(self.link.conn)
                 self.link = None
-        if len(self.client.out) > HIGH_WATER and self.asked and not self.link:
+        if (len(self.client.out) > HIGH_WATER and self.asked and not self.link
+                and self.shim.shared.links):        # Another client may have been given it.
             self.alone, self.link = True, self.shim.shared.give_away(self)
         if self.client.out or self.backlog or self.stopping or self.link or self.state == DRAIN:
             self._settle()
@@ -2892,6 +2910,7 @@ class Session:
 
     def _client_ended(self):
         client, busy = self.client, self.asked or self.talk and self.talk.busy
+        self.backlog = b""                      # A line that nobody will end.
         if client.fault or not (busy or client.out):
             return self.close(Reason.CLIENT, client.fault)
         # Half-closed: upsd learns of it at once, and its last replies still arrive.
@@ -3041,7 +3060,7 @@ class Target:
         if found:
             self.addresses, self._fresh_until = found, loop.now + RESOLVE_TTL
         elif self.addresses:
-            loop.log.limited(WARNING, (self, "look-up"), f"{self.text}: the name cannot be resolved, "
+            loop.log.limited(WARNING, (self.text, "look-up"), f"{self.text}: the name cannot be resolved, "
                              f"going on with its old addresses: {tls_error(error)}")
         for then in waiting:
             then(error)
@@ -3280,7 +3299,8 @@ class Shared:
         self._waiting: list = []                # (asker, Question), while there is no link.
         self._dial: Optional[Task] = None
         self._flushing = False
-        self._since = 0                         # When it was last heard, or first asked since.
+        self._heard = 0                         # When it was last heard, or first asked since.
+        self._since = 0                         # The same, or since when a fresh one is awaited.
         self._silences = 0                      # One after another.
         self._closed_until = 0
         self._retired = False
@@ -3303,25 +3323,25 @@ class Shared:
 
     def ask(self, asker, asked: Question) -> None:
         self.asked += 1
-        if self.links:
-            for link in self.links:
-                link.questions.waiting.append((asker, asked))
-            if not self._flushing:
-                self._flushing = True
-                self.loop.soon.append(self._flush)
-        else:
+        if not self.links:
             self._waiting.append((asker, asked))
-            self._start_dial()
+        for link in self.links:
+            link.questions.waiting.append((asker, asked))
+        if not self._flushing:
+            self._flushing = True
+            self.loop.soon.append(self._flush)
 
     def _flush(self):
         """At the end of a round: many questions in one send."""
         self._flushing = False
+        if self._waiting:
+            self._start_dial()
         fresh = False
         for link in self.links:
             fresh = fresh or not link.questions.sent
             link.flush()
         if fresh:
-            self._since = self.loop.now
+            self._since = self._heard = self.loop.now
             self._watch()
 
     def _patience(self):
@@ -3371,6 +3391,9 @@ class Shared:
         self._dial = None
         if error:
             text = str(error) if isinstance(error, ProtocolError) else tls_error(error)
+            if self.links and self.loop.now - self._heard < self.shim.conf.handshake_timeout:
+                self._since = self.loop.now     # The silent one may speak yet.
+                return self._watch()
             askers = self._askers(self._unanswered())
             self._give_up(text)
             for asker in askers:
@@ -3404,7 +3427,7 @@ class Shared:
             return
         if not data:
             return self._lost(link)
-        self._since = self.loop.now
+        self._since = self._heard = self.loop.now
         if not link.spoke:
             link.spoke = True
             self.shim.remember(link.conn)
