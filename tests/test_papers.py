@@ -32,6 +32,7 @@ mount -t tmpfs tmpfs root/dev
 mknod -m 666 root/dev/null c 1 3
 mknod -m 666 root/dev/urandom c 1 9
 ln -s /proc/self/fd root/dev/fd
+for name in stdin stdout stderr; do ln -s fd/$((number)) root/dev/$name; number=$((number + 1)); done
 mount -t tmpfs -o mode=755 tmpfs root/run
 mkfifo root/run/initctl # so that install takes it for SysV init
 rm -rf root/etc/nut root/usr/local/sbin/nutshim.py root/usr/local/sbin/mkNUTcert.py root/etc/init.d/nutshim
@@ -168,7 +169,7 @@ def test_readme_sets_up_two_boxes_in_a_minute(machines):
     done = client.paste(block("install client"))
     assert done.returncode == 0, done.stdout + done.stderr
     asks(client)
-    assert "name        upsbox.lan OK" in client.works(block("-p upsbox").replace("-p upsbox", "-p upsbox.lan"))
+    assert "name        upsbox.lan OK" in client.works("nutshim.py -p upsbox.lan\n")
 
     pid = client.works("cat /run/nutshim.pid\n")
     client.works("echo '# a new version' >>nutshim.py\n")
@@ -210,7 +211,7 @@ def test_readme_sets_up_two_boxes_by_hand(machines, need):
 
     client.paste(block("systemctl"))                        # offline, systemctl says what it ignores
     assert client.paste("systemctl is-enabled nutshim.service\n").stdout == "enabled\n"
-    done = client.paste("systemd-analyze verify /etc/systemd/system/nutshim.service 2>&1 | grep nutshim.service\n")
+    done = client.paste("systemd-analyze verify --man=no /etc/systemd/system/nutshim.service 2>&1 | grep nutshim.service\n")
     assert done.stdout == "", done.stdout
     assert client.paste("upsc ups@localhost ups.status\n").returncode != 0, "the one started by hand is stopped"
     start = re.search(r"(?m)^ExecStart=(.*)$", client.file("/etc/systemd/system/nutshim.service").decode()).group(1)
@@ -253,6 +254,8 @@ shift
 mount --bind "$from" /etc/nut
 exec mkNUTcert.py "$@" >/dev/null
 """
+LAUNCHCTL = NOTED + """[ "$1" != bootstrap ] || exec /opt/homebrew/bin/python3 /usr/local/sbin/nutshim.py -u _nutshim >/dev/null
+"""
 PROGRAMS = "cp nutshim.py mkNUTcert.py /usr/local/sbin\n"
 PAIR = PROGRAMS + "mkNUTcert.py -d %s -s nas.cert.pem -c nas-client.cert.pem >/dev/null\n"
 CONF = "printf '%%s\\n' '[nas]' 'role = server' 'listen = 127.0.0.1:4401' 'certificate = nas.cert.pem' >%s/nutshim.conf\n"
@@ -280,7 +283,7 @@ NOTES = {
         "mkdir -p /boot/config/nutshim\n" + PAIR % "/boot/config/nutshim" + CONF % "/boot/config/nutshim" + "cp nutshim.py /boot/config/nutshim\n",
         "python3 /etc/nutshim/nutshim.py -c status -f /etc/nutshim/nutshim.conf | grep -q 'server, listening'\n", []),
     "launchd": (
-        "dash -s", {"sudo": SUDO, "launchctl": NOTED, "sysadminctl": "#!/bin/sh\nexec useradd \"${2}\"\n"}, TREE,
+        "dash -s", {"sudo": SUDO, "launchctl": LAUNCHCTL, "sysadminctl": "#!/bin/sh\nexec useradd \"${2}\"\n"}, TREE,
         "mkdir -p /Library/LaunchDaemons /opt/homebrew/bin /usr/local/etc/nut\nln -s \"$(command -v python3)\" /opt/homebrew/bin\n"
         + PAIR % "/usr/local/etc/nut" + CONF % "/usr/local/etc/nut" + "rm /usr/local/sbin/*.py\n",
         "[ -x /usr/local/sbin/nutshim.py ] && [ -s /Library/LaunchDaemons/local.nutshim.plist ]\n"
