@@ -141,19 +141,12 @@ BLOCKS = ["quickstart --once", "install server", "install client", "role = serve
 
 
 def test_every_block_of_readme_is_known_here():
-    """README offers for pasting what the tests below paste, and nothing else; the tests' own command is tests/run."""
+    """README offers for pasting what the tests below paste, and nothing else; its first command is the quickstart, the
+    tests' own is tests/run."""
     assert [[words for words in BLOCKS if words in each] for each in blocks(README)] == [[words] for words in sorted(
         BLOCKS, key=lambda words: README.index(block(words)))]
+    assert blocks(README)[0] == "# In this folder\npackaging/quickstart --once\n"
     assert block("tests/run") == "# In this folder\ntests/run\n" and os.access(os.path.join(TESTS, "run"), os.X_OK)
-
-
-def test_readme_s_first_command(machines):
-    """README's first block shows a UPS through TLS on a machine that has nothing but python3 and openssl, and ends."""
-    assert blocks(README)[0] == block("quickstart --once")
-    machine, = machines("upsbox")
-    said = machine.works(block("quickstart --once"))
-    assert "TLSv1.3" in said and "ups.status" in said
-    assert machine.works("ls -A /etc/nut\n") == ""
 
 
 @pytest.mark.usefixtures("nut_installed")
@@ -186,10 +179,11 @@ def test_readme_sets_up_two_boxes_in_a_minute(machines):
 
 @pytest.mark.usefixtures("nut_installed")
 def test_readme_sets_up_two_boxes_by_hand(machines, need):
-    """The same by README's blocks for doing it by hand; its check says that all is well; under systemd the unit that
+    """The quickstart shows TLS and leaves nothing; the same two boxes by README's blocks for doing it by hand; its check says that all is well; under systemd the unit that
     they make is enabled, valid and serves; and the files made by its CA go with its example of access classes."""
     need("systemctl", "systemd-analyze")
     upsbox, client = machines("upsbox", "backup")
+    assert "TLSv1.3" in upsbox.works(block("quickstart --once")) and upsbox.works("ls -A /etc/nut\n") == ""
     assert "no fault found" in upsbox.works(block("role = server"))
     assert upsbox.works("stat -c '%a %G' /etc/nut/upsbox.cert.pem\n") == "640 nut\n"
     bring(upsbox, client)
