@@ -245,7 +245,7 @@ SUDO = "#!/bin/sh\nexec \"$@\"\n"
 DOCKER = NOTED + """[ "$1" = run ] || exit 0
 while [ "$1" != nutshim ]; do [ "$1" != -v ] || from=${2%%:*}; shift; done
 shift
-mount --bind "$from" /etc/nut
+mount --bind "$from" /etc/nut || exit
 exec mkNUTcert.py "$@" >/dev/null
 """
 LAUNCHCTL = NOTED + """[ "$1" != bootstrap ] || exec /opt/homebrew/bin/python3 /usr/local/sbin/nutshim.py -u _nutshim >/dev/null
@@ -266,7 +266,7 @@ NOTES = {
         ["opkg update", "opkg install python3-light python3-openssl", "uci commit nutshim", "feeds update nutshim"]),
     "container": (
         "dash -s", {"docker": DOCKER, "podman": NOTED, "sudo": SUDO}, TREE, PROGRAMS,
-        "[ -s etc/upsbox.cert.pem ] && [ -s etc/upsbox-client.cert.pem ]\n[ \"$(stat -c '%a %u' etc)\" = '750 3493' ]\n",
+        "[ -s etc/upsbox.cert.pem ]\n[ -s etc/upsbox-client.cert.pem ]\n[ \"$(stat -c '%a %u' etc)\" = '750 3493' ]\n",
         ["docker build -t nutshim -f packaging/container/Containerfile .", "docker compose up -d", "docker compose kill -s HUP nutshim"]),
     "synology": (
         "dash -s", {}, "/volume1/nutshim",
@@ -280,7 +280,7 @@ NOTES = {
         "dash -s", {"sudo": SUDO, "launchctl": LAUNCHCTL, "sysadminctl": "#!/bin/sh\nexec useradd \"${2}\"\n"}, TREE,
         "mkdir -p /Library/LaunchDaemons /opt/homebrew/bin /usr/local/etc/nut\nln -s \"$(command -v python3)\" /opt/homebrew/bin\n"
         + PAIR % "/usr/local/etc/nut" + CONF % "/usr/local/etc/nut" + "rm /usr/local/sbin/*.py\n",
-        "[ -x /usr/local/sbin/nutshim.py ] && [ -s /Library/LaunchDaemons/local.nutshim.plist ]\n"
+        "[ -x /usr/local/sbin/nutshim.py ]\n[ -s /Library/LaunchDaemons/local.nutshim.plist ]\n"
         "[ \"$(stat -c '%a %U' /usr/local/etc/nut/nas.cert.pem)\" = '600 _nutshim' ]\n",
         ["launchctl bootstrap system /Library/LaunchDaemons/local.nutshim.plist", "launchctl bootout system/local.nutshim"]),
 }
