@@ -275,6 +275,7 @@ NOTES = {
     "unraid": (
         "dash -s", {}, "/boot/config/nutshim",
         "mkdir -p /boot/config/nutshim\n" + PAIR % "/boot/config/nutshim" + CONF % "/boot/config/nutshim" + "cp nutshim.py /boot/config/nutshim\n",
+        "[ \"$(stat -c '%a %G' /etc/nutshim/nas.cert.pem)\" = '640 nut' ]\n"
         "python3 /etc/nutshim/nutshim.py -c status -f /etc/nutshim/nutshim.conf | grep -q 'server, listening'\n", []),
     "launchd": (
         "dash -s", {"sudo": SUDO, "launchctl": LAUNCHCTL, "sysadminctl": "#!/bin/sh\nexec useradd \"${2}\"\n"}, TREE,
