@@ -14,7 +14,7 @@ import subprocess
 import pytest
 
 from conftest import missing
-from harness import IS_ROOT, ROOT, TESTS, Process, clean_env, folder, poll, run
+from harness import IS_ROOT, NUTSHIM, ROOT, TESTS, Process, clean_env, folder, poll, run
 from test_boxes import PATH, Container, Network, upsd_in
 from test_packaging import RC_COMMON, read
 
@@ -211,6 +211,18 @@ def test_readme_sets_up_two_boxes_by_hand(machines, need):
     start = re.search(r"(?m)^ExecStart=(.*)$", client.file("/etc/systemd/system/nutshim.service").decode()).group(1)
     client.works("%s >/dev/null 2>&1 &\n" % start)
     asks(client)
+
+
+def test_readme_tells_what_the_tests_install():
+    """README names the packages that tests/run installs, and this version: first of its changes, and in the package's name."""
+    with open(os.path.join(TESTS, "run"), encoding="utf-8") as file:
+        packages = re.search(r'(?m)^packages="([^"]+)"', file.read()).group(1).split()
+    with open(NUTSHIM, encoding="utf-8") as file:
+        version = re.search(r'(?m)^VERSION = "(.*)"$', file.read()).group(1)
+    told = re.search(r"installs what is missing:([^(]*)\(", README).group(1).replace(",", " ").split()
+    assert sorted(told) == sorted(packages)
+    assert re.search(r"\nChanges\n-+\n(\S+)\n", README).group(1) == version
+    assert set(re.findall(r"nutshim_(.*?)_all\.deb", README)) == {version}
 
 
 # ---- packaging's notes --------------------------------------------------------------------------
