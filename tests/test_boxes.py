@@ -511,13 +511,3 @@ def test_index_names_what_is_there():
     table = re.search(r"(?m)^FOR .*\n((?:.+\n)+)", text).group(1).splitlines()
     named = [line[27:].split()[0] for line in table if line[0] != " "] + re.findall(r"(?m)^(test-\S+) ", text)
     assert sorted(named + ["README", "build-deb"]) == sorted(os.listdir(PACKAGING))
-
-
-def test_openwrt_notes_can_be_pasted(need):
-    """What OpenWrt's notes offer for pasting, the lines that are indented by six, its shell can read."""
-    need("busybox")
-    lines = re.findall(r"(?m)^ {6}(\S.*)$", read("openwrt", "README"))
-    assert len(lines) > 15
-    for line in lines:
-        done = run("busybox", "ash", "-n", "-c", line)
-        assert (done.returncode, done.stderr) == (0, ""), line
