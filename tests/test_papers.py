@@ -42,7 +42,7 @@ hostname "$3" 2>/dev/null || echo "$3" >/proc/sys/kernel/hostname
 printf '%s\n' '127.0.0.1 localhost' '::1 localhost' '192.0.2.7 upsbox.lan upsbox' '192.0.2.8 backup.lan backup' >root/etc/hosts
 printf '#!/bin/sh\n[ "$1" = -O ] && shift\ncp "/srv/${1%%%%:*}/${1#*:}" "$2"\n' >root/usr/local/bin/scp
 chmod 755 root/usr/local/bin/scp
-exec chroot root sleep 600
+exec chroot root sh -c 'echo up; exec sleep 600'
 """
 
 
@@ -54,6 +54,7 @@ class Machine(Container):
         os.mkdir(path)
         Process.__init__(self, network.command(
             "unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "sh", "-c", MACHINE, "sh", path, ROOT, name), clean_env())
+        self.wait_log("^up$", 20)
 
     def paste(self, text, *shell, cwd=TREE, **options):
         """Give a text to a shell of root's, as a paste into its terminal does."""
