@@ -181,28 +181,36 @@ class Container(Process):
             return re.search(r"(?m)^%s:[ \t]*(.*?)[ \t]*$" % name, file.read()).group(1)
 
 
+def cable(first, second, *addresses):
+    """A cable between two Networks, each with its address."""
+    for command in [first.command("ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", second.pid)] + [
+            network.command("ip", *words) for network, address in zip((first, second), addresses)
+            for words in (("address", "add", address, "dev", "cable"), ("link", "set", "cable", "up"))]:
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
-def engine(need, tmp_path):
-    """Two networks with a cable between them, and container(NAME, ROLE, …) to start one in each: what it starts is ended."""
-    need("ip", "unshare", "setpriv", "nsenter")
+def namespaces(need, tmp_path):
+    """Skips without root, namespaces with overlays, or a python3 that machines in them find."""
+    need("ip", "unshare", "nsenter")
     overlay = "mount -t tmpfs tmpfs %s && cd %s && mkdir a b c && mount -t overlay -o lowerdir=/,upperdir=a,workdir=b overlay c"
     if not IS_ROOT or run("unshare", "--net", "--mount", "--pid", "--fork", "sh", "-c", overlay % (tmp_path, tmp_path)).returncode:
         pytest.skip("no namespaces with overlays here")
     if not any(os.path.exists(os.path.join(path, "python3")) for path in PATH.split(":")):
         missing("python3 in one of " + PATH)
+
+
+@pytest.fixture
+def engine(need, namespaces):                                                   # pylint: disable=unused-argument
+    """Two networks with a cable between them, and container(NAME, ROLE, …) to start one in each: what it starts is ended."""
+    need("setpriv")
     with contextlib.ExitStack() as stack:
         stack.base = stack.enter_context(folder("box"))
         stack.networks = {}
         for role in COMPOSE:
             stack.networks[role] = stack.enter_context(Network())
-        server, client = stack.networks["server"], stack.networks["client"]
-        for command in (
-                server.command("ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", client.pid),
-                server.command("ip", "address", "add", "192.0.2.1/24", "dev", "cable"),
-                client.command("ip", "address", "add", "192.0.2.2/24", "dev", "cable"),
-                server.command("ip", "link", "set", "cable", "up"), client.command("ip", "link", "set", "cable", "up")):
-            done = run(*command)
-            assert done.returncode == 0, done.stderr
+        cable(stack.networks["server"], stack.networks["client"], "192.0.2.1/24", "192.0.2.2/24")
 
         def start(name, role, **options):
             etc = os.path.join(stack.base, role)

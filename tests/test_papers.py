@@ -14,8 +14,8 @@ import subprocess
 import pytest
 
 from conftest import missing
-from harness import IS_ROOT, NUTSHIM, ROOT, TESTS, Process, clean_env, folder, poll, run
-from test_boxes import PATH, Container, Network, upsd_in
+from harness import NUTSHIM, ROOT, TESTS, Process, clean_env, folder, poll, run
+from test_boxes import PATH, Container, Network, cable, namespaces, upsd_in      # noqa: F401 (a fixture)
 from test_packaging import RC_COMMON, read
 
 TREE = "/srv/nutshim"                               # in each machine; /usr/src and the like may be links
@@ -75,14 +75,9 @@ class Machine(Container):
 
 
 @pytest.fixture
-def machines(need, tmp_path):
+def machines(need, namespaces):                     # pylint: disable=unused-argument
     """machines("upsbox", …) starts Machines on one cable, the first at 192.0.2.7, the second at 192.0.2.8."""
-    need("ip", "unshare", "nsenter", "openssl", "dash", "tar")
-    overlay = "mount -t tmpfs tmpfs %s && cd %s && mkdir a b c && mount -t overlay -o lowerdir=/,upperdir=a,workdir=b overlay c"
-    if not IS_ROOT or run("unshare", "--net", "--mount", "--pid", "--fork", "sh", "-c", overlay % (tmp_path, tmp_path)).returncode:
-        pytest.skip("no namespaces with overlays here")
-    if not any(os.path.exists(os.path.join(place, "python3")) for place in PATH.split(":")):
-        missing("python3 in one of " + PATH)
+    need("openssl", "dash", "tar")
     if run("id", "nut").returncode:
         missing("NUT's user nut")
     with contextlib.ExitStack() as stack:
@@ -91,15 +86,8 @@ def machines(need, tmp_path):
         def start(*names):
             networks = [stack.enter_context(Network()) for _ in names]
             if len(names) == 2:
-                upsbox, client = networks
-                for command in (
-                        upsbox.command("ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", client.pid),
-                        upsbox.command("ip", "address", "add", "192.0.2.7/24", "dev", "cable"),
-                        client.command("ip", "address", "add", "192.0.2.8/24", "dev", "cable"),
-                        upsbox.command("ip", "link", "set", "cable", "up"), client.command("ip", "link", "set", "cable", "up")):
-                    done = run(*command)
-                    assert done.returncode == 0, done.stderr
-                upsd_in(upsbox, stack)
+                cable(*networks, "192.0.2.7/24", "192.0.2.8/24")
+                upsd_in(networks[0], stack)
             found = [Machine(network, base, name) for network, name in zip(networks, names)]
             for each in found:
                 stack.callback(each.end)
