@@ -105,7 +105,10 @@ import enum                         # noqa: E402
 import errno                        # noqa: E402
 import fcntl                        # noqa: E402
 import functools                    # noqa: E402
+import gc                           # noqa: E402
 import hashlib                      # noqa: E402
+import itertools                    # noqa: E402
+import mmap                         # noqa: E402
 import pwd                          # noqa: E402
 import queue                        # noqa: E402
 import re                           # noqa: E402
@@ -161,6 +164,7 @@ MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: no de
 MAX_PEM = 64 << 20        # bytes a PEM file: revocation lists have some MB; a device has no end
 BUNDLE = 8                # certificates in trust that are told of one by one; more are a bundle
 NO_EXPIRY = 253370764800  # seconds since 1970: the year 9999, no known end (RFC 5280 4.1.2.5)
+SPARE_MEMORY = 2 << 20    # bytes free that a new TLS session needs; Python takes 1 MiB at once
 SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dials
 KEEPALIVE = (30, 10, 3)   # TCP: seconds idle, seconds between probes, probes
 
@@ -656,6 +660,7 @@ _DROPPED = bytes(range(0x20)) + bytes(range(0x80, 0x100))
 _stateless_lines = re.compile(
     rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
     ).fullmatch
+_known_lines = functools.lru_cache(256)(_stateless_lines)       # Clients repeat themselves.
 
 
 class Commands:
@@ -758,7 +763,7 @@ class Conversation:
     starttls: the reply to STARTTLS; allowed: the verbs of the access class, None for all; trace:
     note every command in seen.
     """
-    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "_due",
+    __slots__ = ("_starttls", "_allowed", "_trace", "_commands", "_replies", "due",
                  "counted", "sent", "got", "seen", "facts", "refused")
 
     def __init__(self, starttls: bytes, allowed: Optional[frozenset] = None, trace: bool = False):
@@ -766,7 +771,7 @@ class Conversation:
         self._commands, self._replies = Commands(), Replies()
         # What waits for upsd's reply of that number: (number, None, own reply behind it), or
         # (number, verb, name) of an identity to be confirmed by it.
-        self._due: list = []
+        self.due: list = []     # What waits for replies to come; whoever reads the client bounds it.
         self.counted = True     # False once the number of upsd's replies cannot be known.
         self.sent = 0           # Commands passed to upsd.
         self.got = 0            # Replies that have ended.
@@ -779,14 +784,10 @@ class Conversation:
         """Replies may still come."""
         return self.sent > self.got or not self.counted
 
-    @property
-    def waiting(self) -> int:
-        """How much is kept for replies to come; whoever reads the client bounds it."""
-        return len(self._due)
-
     def from_client(self, data: bytes) -> tuple:
         """Bytes from the client -> (bytes for upsd, bytes for the client now)."""
-        if not self._commands.pending and not self._trace and _stateless_lines(data):
+        if not self._commands.pending and not self._trace and (
+                _known_lines(data) if len(data) < 128 else _stateless_lines(data)):
             self.sent += data.count(b"\n")
             return data, b""
         up: list = []
@@ -805,18 +806,18 @@ class Conversation:
                 self.sent += 1
                 up.append(raw)
                 if self.counted and verb in IDENTIFYING and len(words) == 2:
-                    self._due.append((self.sent, verb, words[1]))
+                    self.due.append((self.sent, verb, words[1]))
         return b"".join(up), b"".join(back)
 
     def _answer(self, reply, back):
         if self.counted and self.sent > self.got:
-            self._due.append((self.sent, None, reply))
+            self.due.append((self.sent, None, reply))
         else:
             back.append(reply)
 
     def from_upstream(self, data: bytes) -> bytes:
         """Bytes from upsd -> bytes for the client."""
-        if (self._replies.whole and not self._due and len(data) <= MAX_REPLY_LINE
+        if (self._replies.whole and not self.due and len(data) <= MAX_REPLY_LINE
                 and data.endswith(b"\n") and b"BEGIN LIST" not in data):
             self.got += data.count(b"\n")
             self.counted = self.counted and self.got <= self.sent
@@ -826,8 +827,8 @@ class Conversation:
             self.got += 1
             # More replies than commands: this upstream answers one command in two lines, or so.
             self.counted = self.counted and self.got <= self.sent
-            while self._due and self._due[0][0] == self.got:
-                _, verb, text = self._due.pop(0)
+            while self.due and self.due[0][0] == self.got:
+                _, verb, text = self.due.pop(0)
                 if verb is None:
                     parts += (data[start:end], text)
                     start = end
@@ -889,11 +890,12 @@ def starttls_reply(data: bytes) -> bool:
 
 # The shared upstream session: many clients' questions, and each reply to the one who asked.
 
-Question = collections.namedtuple("Question", "raw head item tail")
+Question = collections.namedtuple("Question", "raw head rest item tail")
 Question.__doc__ = """A command whose reply can be told from every other's.
 
 raw: its bytes; head: how the reply begins, in small letters; empty: the reply is any one line, so
-nothing else may be asked before that has come; item, tail: how a list's lines begin, its last line.
+nothing else may be asked before that has come; rest: matches what is behind the head, to the end;
+item, tail: how a list's lines begin, its last line.
 """
 _question_line = re.compile(rb"[!$-<>-\[\]-~]+(?: +[!$-<>-\[\]-~]+)*\r?\n").fullmatch
 # The forms of questions, and how many words each has.
@@ -904,6 +906,13 @@ _FORMS = {
     b"VER": 1, b"NETVER": 1, b"PROTVER": 1, b"HELP": 1}
 # How a reply begins that names its question, and so is none to VER.
 _NAMING = {b"BEGIN", b"END"}.union(form.split()[1] for form in _FORMS if b" " in form)
+
+
+# The whole of a reply is looked at: without its newline the next one would be taken as its end.
+_quoted_text = re.compile(rb'"(?:[^"\\\n]|\\.)*"\n').fullmatch
+_RESTS = {b"NUMLOGINS": re.compile(rb"\d+\n").fullmatch,
+          b"TYPE": re.compile(rb"(?: ?(?:RW|ENUM|RANGE|NUMBER|UNKNOWN|STRING:\d+))+\n").fullmatch}
+_error = re.compile(rb"ERR [A-Z0-9-]+\n").fullmatch
 
 
 @functools.lru_cache(256)
@@ -918,9 +927,9 @@ def question(raw: bytes) -> Optional[Question]:
     verb, _, what = form.partition(b" ")
     item = b" ".join([what] + words[2:])            # upsd repeats the names as they were typed.
     if verb == b"LIST":
-        return Question(raw, b"begin list " + item.lower() + b"\n", item + b" ",
+        return Question(raw, b"begin list " + item.lower() + b"\n", None, item + b" ",
                         b"END LIST " + item + b"\n")
-    return Question(raw, what and item.lower() + b" ", b"", b"")
+    return Question(raw, what and item.lower() + b" ", _RESTS.get(what, _quoted_text), b"", b"")
 
 
 class Questions:
@@ -971,9 +980,11 @@ class Questions:
                 if not data.startswith(asked.tail, at):
                     return self._blame(answers, "an item of another list in reply to", data[at:])
                 self._in_list = False
-            elif not data.startswith(b"ERR ", at):
+            elif not _error(data, at, end):
                 # upsd repeats names as they were typed, but for its own (server.info).
-                if (data[at:at + len(asked.head)].lower() != asked.head
+                head = at + len(asked.head)
+                if (data[at:head].lower() != asked.head
+                        or asked.head and asked.rest and not asked.rest(data, head, end)
                         or not asked.head and data[at:end].split(b" ", 1)[0] in _NAMING):
                     return self._blame(answers, "another answer in reply to", data[at:])
                 if asked.tail:
@@ -1912,8 +1923,7 @@ class Log:
             self._poll.register(fd, select.POLLOUT)
 
     def __call__(self, level: int, text: str) -> None:
-        for line in text.split("\n"):
-            self.lines.append((level, line))
+        self.lines += [(level, line) for line in text.split("\n")]
         if not self.hold:
             self.flush()
 
@@ -2090,6 +2100,8 @@ class Workers:
         self._wake()
 
 
+QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+LAST = getattr(socket, "MSG_MORE", 0)       # With what is sent right before the end: one packet.
 _buffer = bytearray(CHUNK)      # All reads go through it: a new 16 KiB object costs more than a read.
 _view = memoryview(_buffer)
 
@@ -2097,8 +2109,8 @@ _view = memoryview(_buffer)
 class Connection:
     """One socket in the loop, with the bytes that the kernel did not take yet.
 
-    on_read is called when there is something for recv(); on_write when all that was sent has been
-    taken by the kernel, or the connection is up.
+    on_read is called when there is something for recv(); on_write when the kernel has taken some of
+    what had to wait, or the connection is up.
     """
     __slots__ = ("loop", "owner", "sock", "out", "mask", "on_read", "on_write", "more", "ended",
                  "fault", "peer", "origin", "_wanted", "_ending", "_fill", "_send")
@@ -2122,7 +2134,8 @@ class Connection:
     def want(self, mask: int) -> None:
         """Which events are asked for; bytes that wait to be sent are seen to anyway."""
         self._wanted = mask
-        self._register()
+        if self.out or mask != self.mask:
+            self._register()
         if self.more and mask & READ:
             self.loop.again.append(self)
 
@@ -2154,6 +2167,12 @@ class Connection:
         self.ended = True
         return b""
 
+    def hurry(self) -> None:
+        """More is to come: acknowledge at once, since upsd's kernel holds the next reply back until
+        then (Nagle's algorithm), and ours would take 40 ms."""
+        if QUICKACK is not None:
+            self.sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
+
     def discard(self) -> bool:
         """Read without looking; whether the peer's side has ended."""
         try:
@@ -2163,13 +2182,13 @@ class Connection:
         except OSError:
             return True
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, flags: int = 0) -> None:
         """Send what the kernel takes now, keep the rest."""
         if self.out:
             self.out += data
             return
         try:
-            sent = self._send(data)
+            sent = self._send(data, flags)
             while sent < len(data):
                 data = data[sent:]
                 sent = self._send(data)
@@ -2184,12 +2203,13 @@ class Connection:
             while self.out:
                 del self.out[:self._send(self.out)]
         except _NOT_NOW:
-            return
+            pass
         except OSError:
-            pass                                # As in send().
-        self.out = b""
-        if self._ending:
-            self._shut()
+            self.out = b""                      # As in send().
+        if not self.out:
+            self.out = b""
+            if self._ending:
+                self._shut()
         self._register()
         if self.on_write:
             self.on_write()
@@ -2217,12 +2237,24 @@ class Connection:
             self.sock = self.owner = self.on_read = self.on_write = self._fill = self._send = None
 
 
+def _ask_for_memory():
+    """MemoryError while there is still some, for the sessions that run and for OpenSSL.
+
+    Python 3.11 dies when OpenSSL has none for a new engine.
+    """
+    try:
+        mmap.mmap(-1, SPARE_MEMORY).close()     # Never touched, so it costs nothing.
+    except OSError:
+        raise MemoryError from None
+
+
 class Engine:
     """The TLS of one connection between two memory buffers; see Threads above."""
     __slots__ = ("tls", "name", "incoming", "outgoing")
 
     def __init__(self, context: ssl.SSLContext, server: bool, name: Optional[bytes] = None,
                  ticket: Optional[ssl.SSLSession] = None):
+        _ask_for_memory()
         self.name, self.incoming, self.outgoing = name, ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server, name, ticket)
 
@@ -2298,7 +2330,9 @@ class TlsConnection(Connection):
                 size = PIECE
             self._feed(_view[:size])
         data = self._decrypted(rest)
-        if self._excess > HIGH_WATER and not self.ended:
+        excess = self._excess - OVERHEAD * len(data)
+        self._excess = excess if excess > 0 else 0
+        if excess > HIGH_WATER and not self.ended:
             self.ended, self.fault = True, "its TLS is nearly all overhead"
         if self._outgoing.pending:          # Alerts, key updates, tickets.
             super().send(self._made())
@@ -2308,31 +2342,30 @@ class TlsConnection(Connection):
         return data if data or self.ended else None
 
     def _decrypted(self, rest):
-        incoming, data = self._incoming, b""
+        """What is in the engine, and in the rest, that it is fed with."""
+        data = b""
         try:
             while True:
                 try:
                     size = self._decrypt()
-                except ssl.SSLWantReadError:
-                    size = None
-                if size:
+                    if not size:
+                        self.ended = True
+                        return data
                     data = data + _view[:size] if data else _view[:size].tobytes()
-                elif size == 0:
-                    self.ended = True
-                    break
-                if not incoming.pending:
+                except ssl.SSLWantReadError:
+                    pass
+                if not self._incoming.pending:
                     if not rest:
-                        break
+                        return data
                     self._feed(rest[:PIECE])
                     rest = rest[PIECE:]
         except (OSError, ValueError) as error:
             self.ended = True
             if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
                 self.fault = tls_error(error)
-        self._excess = max(0, self._excess - OVERHEAD * len(data))
         return data
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, flags: int = 0) -> None:
         piece = self._piece
         try:
             if len(data) <= piece:
@@ -2347,7 +2380,7 @@ class TlsConnection(Connection):
         except OSError:
             self.want(self._wanted | READ)      # What is wrong shows when it is read.
             return
-        super().send(made)
+        super().send(made, flags)
 
     def discard(self) -> bool:
         """Our close_notify is out, so TLS reads no more."""
@@ -2515,8 +2548,8 @@ ENDING, CLOSED = "ending", "closed"
 
 # What happens, by state: client readable, upstream readable, writable again, deadline.
 # OPENING is told by a coroutine; CLOSED is the end.
-_EVENTS = {RELAY: ("_commands", "_replies", "_settle", "_idle"),
-           DRAIN: ("_gone", "_replies", "_settle", "_over"),
+_EVENTS = {RELAY: ("_commands", "_replies", "_written", "_idle"),
+           DRAIN: ("_gone", "_replies", "_written", "_over"),
            ENDING: ("_discard", "_gone", "_last_words", "_over")}
 
 
@@ -2527,14 +2560,14 @@ class Session:
     has none until it says something that is no question; its questions are asked over the shared
     session, and count in asked until they are answered.
     """
-    __slots__ = ("shim", "loop", "number", "address", "client", "upstream", "link", "state",
+    __slots__ = ("shim", "loop", "number", "address", "place", "client", "upstream", "link", "state",
                  "deadline", "began", "last", "talk", "access", "user", "ups", "bytes_in",
                  "bytes_out", "opening", "backlog", "asked", "tries", "alone", "reason",
                  "stopping")
 
-    def __init__(self, shim: Shim, sock: socket.socket, address: tuple):
-        self.shim, self.loop, self.address = shim, shim.loop, address
-        self.number = shim.count(address)
+    def __init__(self, shim: Shim, sock: socket.socket, address: tuple, place: Union[str, bytes]):
+        self.shim, self.loop, self.address, self.place = shim, shim.loop, address, place
+        self.number = shim.count(place)
         self.client = Connection(self.loop, sock, self)
         self.upstream = self.link = self.talk = self.opening = self.reason = None
         self.access = self.user = self.ups = None
@@ -2577,7 +2610,7 @@ class Session:
 
     def _enter(self, state, seconds):
         """The one change of state, and with it of what happens."""
-        self.state = state
+        self.state, self.last = state, self.loop.now
         commands, replies, written, _ = _EVENTS[state]
         self.client.on_read = getattr(self, commands)
         self.client.on_write = getattr(self, written)
@@ -2664,7 +2697,6 @@ class Session:
         self.shim.counts["own"] += 1
         self.talk = Conversation(ALREADY_TLS if self.client.peer else NO_TLS_HERE,
                                  CLASSES.get(self.access), self.loop.log.debug > 1)
-        self.last = self.loop.now
         self._enter(RELAY, self.shim.conf.idle_timeout)
         self._settle()
 
@@ -2711,7 +2743,7 @@ class Session:
             self.upstream.send(up)
         if back:
             client.send(back)
-        if self.backlog or client.out or self.upstream.out or talk.waiting or self.stopping:
+        if self.backlog or client.out or self.upstream.out or talk.due or self.stopping:
             self._settle()
 
     def _replies(self):
@@ -2722,25 +2754,35 @@ class Session:
             return
         talk, client = self.talk, self.client
         self.last = self.loop.now
+        if not self.bytes_out:
+            self.shim.remember(self.upstream)
         self.bytes_out += len(data)
-        waiting = talk.waiting
+        waiting = bool(talk.due)
         client.send(talk.from_upstream(data))
+        if talk.sent > talk.got:
+            self.upstream.hurry()
         if talk.facts:
             self._identify(talk.facts)
         if waiting or client.out or self.backlog or self.stopping or self.state == DRAIN:
             self._settle()
 
+    def _written(self):
+        self.last = self.loop.now
+        self._settle()
+
     def _settle(self):
         """What follows from bytes moved: who may be read while others cannot take more."""
         client, upstream, talk = self.client, self.upstream, self.talk
         busy = self.asked or bool(talk) and talk.busy
-        if (self.stopping or self.state == DRAIN) and not busy and not self.backlog:
-            return self.finish(Reason.STOP if self.stopping else Reason.CLIENT)
+        if self.stopping and not busy:
+            return self.finish(Reason.STOP)
+        if self.state == DRAIN and not (busy or self.backlog or client.out):
+            return self.finish(Reason.CLIENT)
         full = len(client.out) > HIGH_WATER
         wait = full or self.stopping or self.state == DRAIN
         source = upstream or self.link and self.link.conn
         if talk:
-            wait = wait or bool(upstream.out) or talk.waiting > MAX_LOCAL_REPLIES
+            wait = wait or bool(upstream.out) or len(talk.due) > MAX_LOCAL_REPLIES
         if source:
             source.want(0 if full else READ)
         # A line that is not whole yet is no question yet.
@@ -2777,11 +2819,11 @@ class Session:
 
     def _ask(self, data):
         """Questions, up to what is none; that waits until they are answered."""
-        shim, at = self.shim.latest(), 0
-        if not self.asked:
-            self.shim = shim
-        shared = self.shim.shared
-        share = shim is self.shim and not self.alone and shared.open()
+        latest = self.shim.latest()
+        if not self.asked:                              # The configuration may be another one.
+            self.shim = latest
+        shared, at = self.shim.shared, 0
+        share = self.shim is latest and not self.alone and shared.open()
         end = data.find(b"\n") + 1
         while end and share and self.asked < MAX_LOCAL_REPLIES:
             asked = question(data[at:end])
@@ -2814,7 +2856,7 @@ class Session:
             self._settle()
         # With more behind it, upsd goes on after LOGOUT: then upsd has to see it itself.
         elif verb == b"LOGOUT" and len(line) == len(self.backlog):
-            self.client.send(OK_GOODBYE)
+            self.client.send(OK_GOODBYE, LAST)
             self.finish(Reason.LOGOUT)
         else:
             self.tell("upstream", "a session of its own")
@@ -2849,8 +2891,9 @@ class Session:
     # Ends.
 
     def _client_ended(self):
-        if self.client.fault or not (self.asked or self.talk and self.talk.busy):
-            return self.close(Reason.CLIENT, self.client.fault)
+        client, busy = self.client, self.asked or self.talk and self.talk.busy
+        if client.fault or not (busy or client.out):
+            return self.close(Reason.CLIENT, client.fault)
         # Half-closed: upsd learns of it at once, and its last replies still arrive.
         if self.upstream:
             self.upstream.end()
@@ -2870,10 +2913,10 @@ class Session:
         replies are lost, and NUT's own programs die of SIGPIPE without a word.
         """
         client = self.client
+        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
+            return self.close(reason, detail)
         self._report(reason, detail)
         self._let_go()
-        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
-            return self.close(reason)
         client.end()
         self._enter(ENDING, DRAIN_LIMIT)
         client.want(READ)
@@ -2884,6 +2927,7 @@ class Session:
             self._last_words()
 
     def _last_words(self):
+        self.last = self.loop.now
         if self.client.ended:
             if self.client.out:
                 self.client.want(0)
@@ -2915,7 +2959,12 @@ class Session:
             self.finish(Reason.IDLE)
 
     def _over(self):
-        self.close(Reason.CLIENT)
+        """The time for last words has passed, unless some of them still go out."""
+        left = self.last + DRAIN_LIMIT - self.loop.now
+        if left > 0:
+            self._until(left)
+        else:
+            self.close(Reason.CLIENT)
 
     def _let_go(self):
         """Of all but the client's connection."""
@@ -2940,7 +2989,7 @@ class Session:
             self.loop.sessions.discard(self)
             self.loop.timed.discard(self)
             self.loop.strangers.pop(self, None)
-            self.shim.discount(self.address)
+            self.shim.discount(self.place)
             self._report(reason, detail)
 
     def _report(self, reason, detail):
@@ -2976,9 +3025,9 @@ class Target:
         if host == "localhost" or numeric_family(host):
             self.addresses, self._fresh_until = look_up(host, port), float("inf")
 
-    def refresh(self, loop, then: Callable) -> bool:
+    def refresh(self, loop, then: Callable, again: bool = False) -> bool:
         """Whether a look-up is under way; then(error) is called when it is done."""
-        if loop.now < self._fresh_until:
+        if loop.now < self._fresh_until and not (again and self._fresh_until < float("inf")):
             return False
         if self._waiting is None:
             self._waiting = []
@@ -3065,9 +3114,7 @@ class Dial:
 
     def start(self) -> None:
         self._loop.timed.add(self)
-        for target in self._shim.targets:
-            then = functools.partial(self._looked_up, target)
-            self._looking += target.refresh(self._loop, then)
+        self._look_up(False)
         self._next()
 
     def _looked_up(self, target, error):
@@ -3078,7 +3125,7 @@ class Dial:
             else:
                 found = ", ".join(address_text(address) for _, address in target.addresses)
                 self._tell("look-up", f"{target.host}: {found}")
-            if not self._running:
+            if self.deadline == self._end or not self._running:
                 self._next()
 
     def _next(self):
@@ -3097,10 +3144,17 @@ class Dial:
             self._running[target, address] = task
             task.start()
         elif self._running or self._looking:
+            if self.deadline < self._end:           # Silence: a name may have moved meanwhile.
+                self._look_up(True)
             self.deadline = self._end
             self._loop.watch(self._end)
         else:
             self._lose()
+
+    def _look_up(self, again):
+        for target in self._shim.targets:
+            then = functools.partial(self._looked_up, target)
+            self._looking += target.refresh(self._loop, then, again)
 
     def _step(self, target, step, text, done=True):
         """Something has come a step further."""
@@ -3122,6 +3176,10 @@ class Dial:
         return await reached(shim, self._owner, target, family, address, tell)
 
     def _attempted(self, target, address, result, error):
+        earlier = itertools.takewhile(lambda each: each != (target, address), self._running)
+        if result:
+            for slow, where in earlier:         # Overtaken: not waited for the next time.
+                slow.failures[where] = self._loop.now
         del self._running[target, address]
         if result:
             conn, self._shim.round_trip = result
@@ -3162,6 +3220,12 @@ class Dial:
         self.cancel()
         failures = "; ".join(dict.fromkeys(self._failures)) or "the name was not resolved in time"
         then(None, ProtocolError(Reason.UPSTREAM, failures))
+
+    def close(self, reason: Reason, detail: str = "") -> None:
+        """After a bug."""
+        if self._then:
+            self._failures.append(f"{reason.words} {detail}".strip())
+            self._lose()
 
     def cancel(self) -> None:
         self._then = None
@@ -3220,7 +3284,6 @@ class Shared:
         self._silences = 0                      # One after another.
         self._closed_until = 0
         self._retired = False
-        self.loop.timed.add(self)
 
     @property
     def link(self) -> Optional[Connection]:
@@ -3242,7 +3305,7 @@ class Shared:
         self.asked += 1
         if self.links:
             for link in self.links:
-                link.questions.ask(asker, asked)
+                link.questions.waiting.append((asker, asked))
             if not self._flushing:
                 self._flushing = True
                 self.loop.soon.append(self._flush)
@@ -3274,10 +3337,12 @@ class Shared:
         deadline = self._since + limit
         if deadline < self.deadline:
             self.deadline = deadline
+            self.loop.timed.add(self)
             self.loop.watch(deadline)
 
     def expired(self) -> None:
         self.deadline = float("inf")
+        self.loop.timed.discard(self)       # Or the shims of all reloads would stay.
         left = self._since + (self._patience() if self._busy() else self.shim.conf.reuse) - self.loop.now
         if not self.links or self._dial:
             return
@@ -3340,7 +3405,9 @@ class Shared:
         if not data:
             return self._lost(link)
         self._since = self.loop.now
-        link.spoke = True
+        if not link.spoke:
+            link.spoke = True
+            self.shim.remember(link.conn)
         if self._dial or len(self.links) > 1:
             self._settle_for(link)
         self._silences = 0
@@ -3353,6 +3420,8 @@ class Shared:
             return self._distrust(link)
         if link.questions.waiting and not link.questions.sent:
             link.flush()
+        if link.questions.sent:
+            link.conn.hurry()
         if self._retired and not self._busy():
             self._give_up("the configuration was read again")
         elif self.deadline == float("inf"):
@@ -3389,14 +3458,11 @@ class Shared:
         if self.links:
             return                              # The other one has been asked the same.
         self._end(f"closed by upstream{fault and f' ({fault})'}")
-        self._waiting = []
-        for asker, asked in rest:
+        for asker in self._askers(rest):
             asker.tries += 1
             if asker.tries >= MAX_ASKED:
-                self._waiting = [each for each in self._waiting if each[0] is not asker]
                 asker.finish(Reason.LOST, self.ended)
-            elif asker.asked:
-                self._waiting.append((asker, asked))
+        self._waiting = [each for each in rest if each[0].asked]
         if self._waiting:
             self.asked_again += len(self._waiting)
             self._start_dial()
@@ -3502,36 +3568,36 @@ class Shim:
         self.counts: Counter = collections.Counter()    # Sessions in "total", upstream ones "own".
         self.refused: Counter = collections.Counter()   # By the Reason's words.
         self.addresses: Counter = collections.Counter() # Open sessions by the peer's address.
-        self.heir: Optional[Shim] = None                # The shim of the same name after a reload.
+        self._newest: list = [self]     # Of this name; one list, or old ones would keep all between.
         self.shared = Shared(self)
         self._tickets: dict = {}                # server name -> (until, ssl.SSLSession or None)
 
     def latest(self) -> Shim:
-        return self.heir.latest() if self.heir else self
+        """The shim of the same name after all reloads."""
+        return self._newest[0]
 
-    def count(self, address: tuple) -> int:
-        """A session begins; its number."""
+    def count(self, place: Union[str, bytes]) -> int:
+        """A session from an address_place() begins; its number."""
         self.counts["total"] += 1
-        self.addresses[address_key(address[0])] += 1
+        self.addresses[place] += 1
         Shim.numbers += 1
         return Shim.numbers
 
-    def discount(self, address: tuple) -> None:
-        key = address_key(address[0])
-        self.addresses[key] -= 1
-        if not self.addresses[key]:
-            del self.addresses[key]
+    def discount(self, place: Union[str, bytes]) -> None:
+        self.addresses[place] -= 1
+        if not self.addresses[place]:
+            del self.addresses[place]
 
-    def refusal(self, host: str) -> Optional[Reason]:
+    def refusal(self, host: str, place: Union[str, bytes]) -> Optional[Reason]:
         """Why that address gets no session, or None."""
         if self.conf.allow_from:
             import ipaddress
-            address = ipaddress.ip_address(host.partition("%")[0])
+            address = ipaddress.ip_address(_unmapped(host).partition("%")[0])
             if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
             return Reason.MAX_SESSIONS
-        if self.addresses[address_key(host)] >= self.conf.max_sessions_per_address:
+        if self.addresses[place] >= self.conf.max_sessions_per_address:
             return Reason.PER_ADDRESS
         return None
 
@@ -3576,11 +3642,12 @@ class Shim:
         for heir in heirs:
             if heir.name == self.name and heir.server == self.server:
                 heir.counts, heir.refused = self.counts, self.refused
-                heir.addresses, self.heir = self.addresses, heir
+                heir.addresses, heir._newest = self.addresses, self._newest
+                self._newest[0] = heir
         self.shared.retire()
 
 
-def address_key(host: str) -> Union[str, bytes]:
+def address_place(host: str) -> Union[str, bytes]:
     """What counts as one address: an IPv6 peer has a /64 to choose from (RFC 4291 2.5.4)."""
     if ":" not in host or host.startswith("::ffff:"):
         return host
@@ -3708,10 +3775,10 @@ class Loop:
         """Deadlines that are due; looked at twenty times a second at the most."""
         self._next = float("inf")
         for each in list(self.timed):
-            if each.deadline <= self.now:
-                self.guarded(each, each.expired)
-            else:
+            if each.deadline > self.now:
                 self.watch(each.deadline)
+            elif each in self.timed:        # Another one's end may have been its own.
+                self.guarded(each, each.expired)
         self._next = max(self._next, self.now + 0.05)
 
 
@@ -3742,14 +3809,15 @@ class Listener(Connection):
                 Timer(loop, 1, self._rested)
                 return
             sock.setblocking(False)
-            reason = shim.refusal(address[0])
-            if reason and not self._make_room(reason, address):
+            place = address_place(address[0])
+            reason = shim.refusal(address[0], place)
+            if reason and not self._make_room(reason, address[0], place):
                 shim.refused[reason.words] += 1
                 loop.log.limited(reason.level, (shim.name, reason),
                                  f"[{shim.name}] {address_text(address)}: refused: {reason.words}")
                 sock.close()
                 continue
-            session = Session(shim, sock, address)
+            session = Session(shim, sock, address, place)
             loop.sessions.add(session)
             loop.strangers[session] = None
             loop.timed.add(session)
@@ -3759,16 +3827,15 @@ class Listener(Connection):
         if self.sock:
             self.want(READ)
 
-    def _make_room(self, reason, address):
+    def _make_room(self, reason, host, place):
         """Idle strangers keep nobody out: the oldest one makes room for a new connection."""
         if reason is Reason.ALLOW_FROM:
             return False
-        key = address_key(address[0])
         for session in self.loop.strangers:
             if reason is Reason.MAX_SESSIONS or (session.shim.addresses is self.shim.addresses
-                                                 and address_key(session.address[0]) == key):
+                                                 and session.place == place):
                 session.close(Reason.MADE_ROOM)
-                return self.shim.refusal(address[0]) is None
+                return self.shim.refusal(host, place) is None
         return False
 
 
@@ -3974,9 +4041,10 @@ def control(word: str, conf: Conf, form: Optional[str]) -> int:
     """-c: reload, stop or status; the exit status."""
     status, text = ask_daemon(conf, word)
     if status == 0 and word == "status":
-        import json
-        data = json.loads(text)
+        import ast
+        data = ast.literal_eval(text)
         if form == "json":
+            import json
             text = json.dumps(data, indent=1)
         else:
             text = status_prometheus(data) if form else status_table(data)
@@ -4211,7 +4279,6 @@ class Process:
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
                 import ipaddress                # noqa: F401  Out of reach afterwards.
-                import json                     # noqa: F401
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
             os.chdir("/")
@@ -4486,8 +4553,7 @@ class Daemon:
     def request(self, word: str) -> str:
         """A word from the status socket; its answer."""
         if word == "status":
-            import json
-            return "OK\n" + json.dumps(status_data(self))
+            return f"OK\n{status_data(self)}"          # A Python literal: json would cost memory.
         if word == "reload":
             fault = self.reload()
             return "ERR\n" + fault if fault else "OK\nreloaded"
@@ -4506,6 +4572,7 @@ class Daemon:
         """Read the configuration again; on a fault nothing changes. Returns the fault, or None."""
         if self.loop.stopping:
             return "nutshim is stopping"
+        gc.collect()                            # What earlier ones have left: shims know themselves.
         self.process.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
         old, log = self.conf, None
         try:

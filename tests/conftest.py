@@ -4,8 +4,10 @@ process outlives the session, and under CI=true a missing program is a failure, 
 
 import contextlib
 import os
+import pwd
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -13,7 +15,8 @@ import uuid
 import pytest
 
 from certs import Pki
-from harness import Nut, Shim, missing_nut, pair_config
+from daemons import Background, becoming
+from harness import NUTSHIM, Nut, Shim, missing_nut, pair_config, run
 
 TEST_SECONDS = 60                                   # of one test, unless marked otherwise
 MARK = "NUTSHIM_TESTS"                              # in the environment of all that the tests start
@@ -146,3 +149,37 @@ def pair_of(shim, pki):
 def pair(pair_of, nut):
     """A Pair in front of the shared upsd: for tests that only read."""
     return pair_of(nut)
+
+
+@pytest.fixture
+def daemon():
+    """daemon(config) is a Background that has been started; start=False: not yet."""
+    with contextlib.ExitStack() as stack:
+        def make(config, *args, start=True, script=NUTSHIM, python=None, **options):
+            made = stack.enter_context(Background(config, script, python))
+            if start:
+                done = made.start(*args, **options)
+                assert done.returncode == 0, done.stderr + made.log
+            return made
+        yield make
+
+
+@pytest.fixture(scope="module")
+def account():
+    """The user nut, and that there is a Python which that user can read."""
+    try:
+        return pwd.getpwnam("nut")
+    except KeyError:
+        pytest.skip("there is no user nut")
+
+
+@pytest.fixture(scope="module")
+def python_for_all(account):
+    """A Python that the user nut can run too (one under /root is for root alone)."""
+    for python in (sys.executable, "/usr/bin/python3"):
+        try:
+            if run(python, "-c", "import ssl", preexec_fn=becoming(account)).returncode == 0:
+                return python
+        except OSError:
+            pass
+    return pytest.skip("no Python that the user nut can run")

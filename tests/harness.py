@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What all test files share: basics (free_port, poll, run), processes (Process), real NUT (Nut,
-Upsmon, upsc, upscmd, upsrw) and the shim (Shim, run_shim, pair_config).
+Upsmon, upsc, upscmd, upsrw) and the shim (Shim, run_shim, command, status, patched, pair_config).
 
 The raw clients and false servers are in wire.py and handed on from here; the certificates are in
 certs.py (fixture pki). Everything that starts something is a context manager and ends it.
@@ -8,6 +8,7 @@ certs.py (fixture pki). Everything that starts something is a context manager an
 
 import contextlib
 import errno
+import json
 import os
 import queue
 import re
@@ -497,6 +498,29 @@ def config_text(config, base):
 def run_shim(*args, python=None, script=NUTSHIM, **options):
     """Run nutshim.py to its end (-t, -V, -c …); the CompletedProcess."""
     return run(python or sys.executable, script, *args, **options)
+
+
+def command(shim, *words, **options):
+    """Run nutshim.py -c for a running Shim or daemon; the CompletedProcess."""
+    return run_shim("-c", *words, "-f", shim.config, **options)
+
+
+def status(shim):
+    """What -c status --json says."""
+    done = command(shim, "status", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def shim_status(shim, name):
+    """The part of the status about one section."""
+    return next(each for each in status(shim)["shims"] if each["name"] == name)
+
+
+def patched(path, code):
+    """Write a script that runs nutshim with some code put in front of main(); its path."""
+    return write(os.path.join(path, "patched.py"),
+                 "import sys\nsys.path.insert(0, %r)\nimport nutshim\n%s\nsys.exit(nutshim.main())\n" % (ROOT, code), 0o644)
 
 
 class Shim(Process):

@@ -716,23 +716,51 @@ def test_pipelined_starttls_without_reading(stage, pki, busy):
         assert running.rss() - before < 1024
 
 
-def test_log_injection_through_user_and_ups(stage):
-    """What a client calls itself and its UPS cannot forge a log line, nor reach a terminal as control characters."""
-    evil = 'x\\\n2026-01-01 00:00:00 nutshim[1] error: forged\x1b[2J\x07\x7f\u202e\\"'
+FORGED = '2026-01-01 00:00:00 nutshim[1] error: forged\x1b[2J\x07\x7f\u202e\\"'
+
+
+@pytest.mark.parametrize("newline", ["", "\\\n"], ids=["control characters", "an escaped newline"])
+def test_log_injection_through_user_and_ups(shim, pki, newline):
+    """What a client calls itself and its UPS cannot forge a log line, nor reach a terminal as control characters.
+
+    The upsd here says OK to everything, as no real one does: refused names are not told at all.
+    """
+    def agrees(peer):
+        for line in iter(peer.sock.makefile("rb").readline, b""):
+            if not line.endswith(b"\\\n"):
+                peer.send(b"OK\n")
+    with FalseServer(agrees) as upsd:
+        one = shim({"open": {"role": "server", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % upsd.port,
+                             "certificate": pki.server.file}})
+        with TlsClient(one.port("open")) as client:
+            mark = one.mark()
+            for command in ("USERNAME", "PASSWORD", "LOGIN"):
+                word = "adminpass" if command == "PASSWORD" else '"x' + newline + FORGED + '"'
+                client.send(("%s %s\n" % (command, word)).encode("utf-8"))
+                assert client.recv_line() == b"OK\n"
+            table = run_shim("-c", "status", "-f", one.config)
+            session = json.loads(run_shim("-c", "status", "--json", "-f", one.config).stdout)["sessions"][-1]
+    # An escaped newline is read in two ways, so from there on nothing is known for sure, nor told.
+    for line, name in (("USERNAME", session["user"]), ("LOGIN", session["ups"])):
+        assert ("forged" in name) == (not newline)
+        assert len([each for each in one.lines[mark:] if line in each and "forged" in each]) == (not newline)
+    assert not [line for line in one.lines[mark:] if not LOG_LINE.match(line)]
+    assert "adminpass" not in one.log
+    assert not re.search(r"[^\n -~]|^2026-01", table.stdout, re.MULTILINE), table.stdout
+
+
+def test_refused_names_are_no_identity(stage):
+    """A user and a UPS that upsd has refused stand in no log line and no status: a name would lend a stranger weight."""
     with stage.tls() as client:
         mark = stage.shim.mark()
-        for command in ('USERNAME "%s"\n' % evil, "PASSWORD adminpass\n", 'LOGIN "%s"\n' % evil):
-            client.send(command.encode("utf-8"))
-            assert client.recv_line()
-        stage.shim.wait_log("(?i)login", start=mark)
-        table = run_shim("-c", "status", "-f", stage.shim.config)
-        sessions = json.loads(run_shim("-c", "status", "--json", "-f", stage.shim.config).stdout)["sessions"]
-    assert "forged" in sessions[-1]["user"] and "forged" in sessions[-1]["ups"]
-    lines = stage.shim.lines[mark:]
-    assert any("forged" in line for line in lines)
-    assert not [line for line in lines if not LOG_LINE.match(line)]
-    assert "adminpass" not in stage.shim.log
-    assert not re.search(r"[^\n -~]|^2026", table.stdout, re.MULTILINE), table.stdout
+        assert client.ask("LOGIN ghost-ups") == b"ERR USERNAME-REQUIRED\n"
+        assert client.ask("USERNAME admin") == client.ask("PASSWORD adminpass") == b"OK\n"
+        assert client.ask("USERNAME ghost-user").startswith(b"ERR ")
+        assert client.ask("LOGIN ghost-ups").startswith(b"ERR ")
+        stage.shim.wait_log("USERNAME admin", start=mark)
+        session = json.loads(run_shim("-c", "status", "--json", "-f", stage.shim.config).stdout)["sessions"][-1]
+    assert (session["user"], session["ups"]) == ("admin", "")
+    assert "ghost" not in stage.shim.log
 
 
 EVIL = "x\n2026-01-01 00:00:00 nutshim[1] error: forged\x1b[2J"
@@ -1131,18 +1159,19 @@ def test_truncated_reply(stage, pki, end):
 
 
 def test_command_cut_off_in_one_session_continued_in_the_next(stage, pki):
-    """Half a command of a client that left is not completed by the next client's, though both use one TLS session."""
+    """Half a command of a client that left is not completed by the next client's, though both ask over one TLS session."""
     stage.false.behaviour = tls(pki.server)
     first = len(stage.false.peers)
-    for number, rest in ((1, "SET VAR ups ups.mfr "), (2, "")):
+    for rest in ("GET VAR ups ", "SET VAR ups ups.mfr ", ""):
         with stage.plain("kept-front") as client:
             assert client.ask("NETVER") == b"1.3\n"
-            client.send("LOGIN ups\n" * (number - 1) + rest)
-            if number == 2:
-                assert client.recv_line() == b"ERR USERNAME-REQUIRED\n"
+            client.send(rest)
         stage.settle()
-    assert len(stage.false.peers) == first + 1      # it was one TLS session
-    assert stage.false.peers[first].received.endswith(b"NETVER\nNETVER\nLOGIN ups\n")
+    with stage.plain("kept-front") as client:       # neither is it by what goes over a session of its own
+        assert client.ask("LOGIN ups") == b"ERR USERNAME-REQUIRED\n"
+    shared, own = stage.false.peers[first:]
+    assert shared.received == b"STARTTLS\n" + b"NETVER\n" * 3
+    assert own.received == b"STARTTLS\nLOGIN ups\n"
 
 
 @pytest.mark.parametrize("when", ["with the reply", "behind the reply", "while nobody is there"])
@@ -1159,8 +1188,8 @@ def test_reply_smuggled_into_the_next_clients_session(stage, shim, pki, when):
             peer.send(INJECTED)
         said.append(True)
         peer.answer()
-    behaviours = [tls(pki.server, then=forge), tls(pki.server)]
-    stage.false.behaviour = lambda peer: behaviours.pop(0)(peer)     # pylint: disable=unnecessary-lambda
+    behaviours = [tls(pki.server, then=forge)]
+    stage.false.behaviour = lambda peer: (behaviours.pop() if behaviours else tls(pki.server))(peer)
     running = shim({"front": {"role": "client", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % stage.false.port,
                               "trust": pki.ca.cert}})
     with PlainClient(running.port("front")) as client:

@@ -11,11 +11,14 @@ the line is on.
 
 import contextlib
 import os
+import threading
 import time
 
 import pytest
 
-from harness import PRIMARY, SECONDARY, Nut, PlainClient, Shim, Upsmon, nut_version, pair_config, poll, write
+from harness import (PRIMARY, SECONDARY, Nut, PlainClient, Shim, Upsmon, free_port, nut_version, pair_config, poll, upsc,
+                     write)
+from lines import Path
 from test_endurance import UNLIMITED, Storm
 
 DEADTIME = 15                                       # NUT's default
@@ -215,3 +218,141 @@ def test_a_upsd_that_stays_away_on_battery_is_noticed_through_the_shims(ground):
             upsmon.wait_event("COMMBAD", 4)         # by its next poll, not by a time-out of 5 s
         for upsmon in watch.all:
             upsmon.wait_shutdown(2 + AFTER_LB)
+
+
+# ---- lines that fail ----------------------------------------------------------------------------
+
+class Posts:
+    """Secondary upsmons on one UPS on battery, each behind a line of its own (lines.Path) that can fail; a context
+    manager.
+
+    paths: {name: Path}. "clear" is the control, an upsmon straight on upsd behind such a line. Behind a client shim
+    each and one server shim: "alone"; "1 other" and "10 others", where so many local clients have asked before; "second"
+    has a second upstream, whose line does not fail. "upsc" is a client shim that upsc asks each second, and "upsc clear"
+    its control.
+    """
+
+    OTHERS = {"alone": 0, "1 other": 1, "10 others": 10, "second": 1}
+
+    def __init__(self, pki):
+        self._pki = pki
+        self.paths, self.upsmons, self._ports = {}, {}, {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self.nut = stack.enter_context(Nut({"ups": {"ups.status": "OL"}}))
+            server = free_port()
+            spare = stack.enter_context(Path(server))
+            config = pair_config(self.nut.port, self._pki, dict(UNLIMITED, listen="127.0.0.1:%d" % server))
+            clients = {"server": config["server"]}
+            for name in list(self.OTHERS) + ["upsc"]:
+                self.paths[name] = stack.enter_context(Path(server))
+                self._ports[name] = free_port()
+                upstream = ["127.0.0.1:%d" % path.port for path in [self.paths[name]] + [spare] * (name == "second")]
+                clients[name.replace(" ", "-")] = dict(config["client"], upstream=upstream,
+                                                       listen="127.0.0.1:%d" % self._ports[name])
+            for name in ("clear", "upsc clear"):
+                self.paths[name] = stack.enter_context(Path(self.nut.port))
+                self._ports[name] = self.paths[name].port
+            self.shim = stack.enter_context(Shim(clients))
+            for name in ["clear"] + list(self.OTHERS):
+                self.upsmons[name] = stack.enter_context(Upsmon(
+                    self._ports[name], host="127.0.0.1", login=SECONDARY, kind="secondary", deadtime=DEADTIME))
+            poll(lambda: self.nut_logins() == len(self.upsmons), 15, "all upsmons logged in")
+            self.nut.set_status("OB")
+            for upsmon in self.upsmons.values():
+                upsmon.wait_event("ONBATT", 15)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+    def nut_logins(self):
+        """How many are logged in."""
+        with PlainClient(self.nut.port) as client:
+            return int(client.ask("GET NUMLOGINS ups").split()[2])
+
+    def others(self):
+        """Other local clients, as many as each post has: they ask and leave."""
+        for name, count in self.OTHERS.items():
+            with contextlib.ExitStack() as stack:
+                for client in [stack.enter_context(PlainClient(self._ports[name])) for _ in range(count)]:
+                    assert client.ask("GET VAR ups ups.status") == b'VAR ups ups.status "OB"\n'
+
+    def ask_with_upsc(self, name):
+        """Ask with upsc each second until stopped; a list of (seconds it took, did it work), and a function to stop."""
+        asked, over = [], threading.Event()
+
+        def run():
+            while not over.is_set():
+                since = time.monotonic()
+                done = upsc(self._ports[name], "ups.status", timeout=60)
+                asked.append((time.monotonic() - since, done.returncode == 0 and done.stdout == "OB\n"))
+                over.wait(max(0.0, 1 - (time.monotonic() - since)))
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+
+        def stop():
+            over.set()
+            thread.join(60)
+        return asked, stop
+
+    def check(self):
+        """No upsmon has begun to shut down."""
+        for name, upsmon in self.upsmons.items():
+            assert upsmon.alive and not upsmon.shut_down and not {"FSD", "SHUTDOWN", "LOWBATT"} & set(upsmon.events), (
+                name, upsmon.events, upsmon.log)
+
+    def recoveries(self, event, seconds=30):
+        """Let event() happen; {name: seconds until that upsmon had lost its connection and had it again}."""
+        before = {name: upsmon.events.count("COMMOK") for name, upsmon in self.upsmons.items()}
+        event()
+        since, took = time.monotonic(), {}
+        while len(took) < len(self.upsmons):
+            self.check()
+            for name, upsmon in self.upsmons.items():
+                if name not in took and upsmon.events.count("COMMOK") > before[name]:
+                    took[name] = time.monotonic() - since
+            assert time.monotonic() - since < seconds, "not all have recovered in %s s: %s" % (seconds, took)
+            time.sleep(0.02)
+        return took
+
+
+def test_connections_that_die_without_a_word_on_battery(pki, nut_installed):      # pylint: disable=unused-argument
+    """On battery every line forgets its connections, as a NAT without its table does, and the first of two upstreams
+    loses its power: no upsmon shuts down, and behind the shims each has its connection again when it has in the clear;
+    of the upsc that ask each second at most one is slow. A cut of 4 s costs no upsmon its connection."""
+    with Posts(pki) as posts:
+        asked, stop = posts.ask_with_upsc("upsc")
+        poll(lambda: len(asked) >= 2, 10, "two answers for upsc")
+        posts.others()
+
+        def forget():
+            for name, path in posts.paths.items():
+                if name == "second":
+                    path.off()
+                else:
+                    path.forget()
+        took = posts.recoveries(forget)
+        stop()
+        # upsmon looks once a second, and one round of it may be missed.
+        assert max(took.values()) < took["clear"] + 3, took
+        bad = [each for each in asked if not each[1] or each[0] > 0.9]
+        assert len(bad) <= 1 and len(asked) > 5, asked
+        assert all(seconds < 5 and works for seconds, works in asked), asked
+
+        lost = {name: upsmon.events.count("COMMBAD") for name, upsmon in posts.upsmons.items()}
+        for path in posts.paths.values():
+            if path is not posts.paths["second"]:
+                path.hold()
+        time.sleep(4)
+        for path in posts.paths.values():
+            if path is not posts.paths["second"]:
+                path.release()
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            posts.check()
+            time.sleep(0.1)
+        assert {name: upsmon.events.count("COMMBAD") for name, upsmon in posts.upsmons.items()} == lost

@@ -372,9 +372,9 @@ def test_own_replies_come_in_their_turn():
     for pieces in ways(commands):
         talk, up, back = converse(pieces)
         assert (up, back) == (b"VER\nLIST VAR ups\nNETVER\n", b"")
-        assert talk.sent == 3 and talk.busy and talk.waiting == 3
+        assert talk.sent == 3 and talk.busy and len(talk.due) == 3
         assert talk.from_upstream(replies) == wanted
-        assert talk.got == 3 and not talk.busy and not talk.waiting and talk.counted
+        assert talk.got == 3 and not talk.busy and not talk.due and talk.counted
     for pieces in ways(replies):
         talk, _, _ = converse([commands])
         assert b"".join(talk.from_upstream(piece) for piece in pieces) == wanted, pieces
@@ -437,7 +437,7 @@ def test_more_replies_than_commands_end_the_count():
         assert talk.from_client(b"GET VAR ups a\nSTARTTLS\nUSERNAME bob\n") == (b"GET VAR ups a\nUSERNAME bob\n", ALREADY)
         assert talk.from_upstream(b"VAR ups a") == b"VAR ups a" and talk.from_client(b"STARTTLS\n") == (b"", ALREADY)
         assert talk.from_upstream(b' "1"\nOK\n') == b' "1"\nOK\n' and talk.from_upstream(OK) == OK
-        assert not talk.counted and not talk.facts and not talk.waiting
+        assert not talk.counted and not talk.facts and not talk.due
     talk = Conversation(ALREADY)
     talk.from_upstream(OK)
     assert not talk.counted, "a reply that nobody asked for"
@@ -464,10 +464,10 @@ def test_what_came_before_an_odd_command_is_still_counted():
     for line in (b'GET VAR ups "a#"\n', b'GET VAR "a\nb"\n', b"VE\\\nR\n"):
         for replies in ways(b"OK\n1.3\nERR ACCESS-DENIED\nOK\n"):
             talk, _, back = converse([b"PASSWORD p\nNETVER\nSTARTTLS\nUSERNAME eve\nLOGIN ups\nSTARTTLS\n" + line])
-            assert back == b"" and talk.waiting == 4
+            assert back == b"" and len(talk.due) == 4
             got = b"".join(talk.from_upstream(piece) for piece in replies)
             assert got == b"OK\n1.3\n" + ALREADY + DENIED + OK + ALREADY, replies
-            assert talk.facts == [(b"LOGIN", b"ups")] and not talk.waiting
+            assert talk.facts == [(b"LOGIN", b"ups")] and not talk.due
 
 
 IDENTITIES = [          # commands, the reply to each, what is known afterwards
@@ -496,7 +496,7 @@ def test_only_what_upsd_said_ok_to_is_a_fact():
             assert not talk.facts and up == commands.replace(b"STARTTLS\n", b"")
             got = b"".join(talk.from_upstream(piece) for piece in pieces)
             assert talk.facts == facts and got.replace(ALREADY, b"") == data, (commands, pieces)
-            assert not talk.waiting and talk.counted
+            assert not talk.due and talk.counted
         for pieces in ways(commands):
             talk, _, _ = converse(pieces)
             talk.from_upstream(data)
@@ -517,9 +517,9 @@ def test_a_refused_identity_is_no_fact():
 def test_what_waits_is_told():
     """waiting counts all that is kept for replies to come, so that whoever reads the client can bound it."""
     talk, _, _ = converse([b"VER\n" + b"USERNAME a\nSTARTTLS\n" * 500])
-    assert talk.waiting == 1000
+    assert len(talk.due) == 1000
     talk.from_upstream(b"upsd\n" + OK * 500)
-    assert talk.waiting == 0 and len(talk.facts) == 500
+    assert len(talk.due) == 0 and len(talk.facts) == 500
 
 
 def test_the_log_gets_commands_only_when_traced():
@@ -602,12 +602,15 @@ NO_QUESTIONS = [
 
 def test_questions_are_exactly_these_forms():
     """Only the forms whose reply repeats the question, and VER, NETVER, PROTVER, HELP, are questions."""
+    def parts(raw):
+        found = question(raw)
+        return found.raw, found.head, found.item, found.tail
     for raw, head in NAMED.items():
-        assert question(raw)[:3] == (raw, head.lower(), b"") and not question(raw).tail, raw
+        assert parts(raw) == (raw, head.lower(), b"", b""), raw
     for raw, what in LISTED.items():
-        assert question(raw) == (raw, b"begin list " + what.lower() + b"\n", what + b" ", b"END LIST " + what + b"\n")
+        assert parts(raw) == (raw, b"begin list " + what.lower() + b"\n", what + b" ", b"END LIST " + what + b"\n")
     for raw in ALONE:
-        assert question(raw) == (raw, b"", b"", b""), raw
+        assert parts(raw) == (raw, b"", b"", b""), raw
     for raw in NO_QUESTIONS:
         assert question(raw) is None, raw
     for raw in list(NAMED) + list(LISTED) + ALONE:
@@ -835,9 +838,9 @@ class Model:
         if form < 0.1:
             return chance.choice([b"VER\n", b"NETVER\n", b"HELP\n"])
         if form < 0.5:
-            return b"GET %s %s %s\n" % (chance.choice([b"VAR", b"TYPE", b"DESC"]), ups, name)
+            return b"GET %s %s %s\n" % (chance.choice([b"VAR", b"CMDDESC", b"DESC"]), ups, name)
         if form < 0.6:
-            return chance.choice([b"LIST UPS\n", b"GET NUMLOGINS %s\n" % ups, b"LIST ENUM %s %s\n" % (ups, name)])
+            return chance.choice([b"LIST UPS\n", b"GET UPSDESC %s\n" % ups, b"LIST ENUM %s %s\n" % (ups, name)])
         return b"LIST %s %s\n" % (chance.choice([b"VAR", b"RW", b"CMD"]), ups)
 
     def reply(self, raw, size):
@@ -863,7 +866,7 @@ class Model:
         """Mutate, drop, double, swap, move or cut a line, or put one in."""
         chance, owed, self.wrong = self.chance, self.owed, True
         at = chance.randrange(len(owed))
-        kind = chance.randrange(8)
+        kind = chance.randrange(9)
         if kind == 0:
             line = bytearray(owed[at])
             line[chance.randrange(min(6, len(line) - 1))] = chance.choice(b"\0\nxU E")
@@ -879,6 +882,8 @@ class Model:
             owed.append(owed.pop(at))
         elif kind == 5:
             owed[at] = owed[at][:-1] + b"x" * (512 - len(owed[at]))     # cut, without its newline
+        elif kind == 7:
+            owed[at] = owed[at][:-1]                        # its newline is lost
         elif kind == 6:
             owed.insert(at, chance.choice([b"\0\n", b"\n", b"OK\n", b"END LIST\n", b"\0" * 600]))
         else:
@@ -896,6 +901,27 @@ def is_own(raw, reply):
         return (lines[0], lines[-1]) == (start, end) and all(
             line.startswith(what + b" ") and (tags[0] in line or tags[1] in line) for line in lines[1:-1])
     return len(lines) == 1 and (b"<%s>" % raw.strip() in reply or len(raw.split()) == 1 and b"<" not in reply)
+
+
+GLUED = [
+    (b"GET VAR ups a\n", b'VAR ups a "1"'), (b"GET DESC ups a\n", b'DESC ups a "it is \\"so\\""'),
+    (b"GET TYPE ups a\n", b"TYPE ups a RW STRING:32"), (b"GET NUMLOGINS ups\n", b"NUMLOGINS ups 3"),
+    (b"GET VAR ups a\n", b"ERR VAR-NOT-SUPPORTED")]
+
+
+def test_a_reply_that_has_lost_its_newline_takes_no_other_with_it():
+    """What stands behind a reply in its line is a fault, and nobody gets it; the reply alone is right."""
+    for raw, reply in GLUED:
+        for behind, right in ((b"\n", True), (b'VAR ups b "2"\n', False), (b"NUMLOGINS ups 1\n", False),
+                              (b"\r\n", False), (b' "2"\n', False), (b"ERR UNKNOWN-UPS\n", False)):
+            for pieces in ways(reply + behind):
+                core = Questions()
+                core.ask("one", question(raw))
+                core.ask("other", question(b"GET VAR ups b\n"))
+                core.to_send()
+                got = [each for piece in pieces for each in core.feed(piece)]
+                assert got == ([("one", reply + behind, True)] if right else []), (raw, behind)
+                assert bool(core.fault) != right
 
 
 def ask_and_answer(chance, faulty, rounds):

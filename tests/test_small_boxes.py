@@ -151,6 +151,7 @@ def test_faults_on_openwrts_python(small_python, pki, tmp_path):
     assert all("%s:%d: " % (path, line) in done.stderr for line in (3, 4, 5))
     with Shim(config_with_names(free_port(), pki), python=small_python) as shims:
         with PlainClient(shims.port("client")) as client:
+            client.send("VER\n")
             assert client.recv_until_close() == b""
 
 

@@ -273,7 +273,7 @@ def test_client_shim_with_tls_1_2_of_upsd(upsd_fronts):
     assert upsc(upsd_fronts.ports["old"]).returncode == 1
     upsd_fronts.shim.wait_log(r"\[old\].*no upstream.*(TLS version|protocol version)", start=mark)
     assert upsc(upsd_fronts.ports["old-allowed"], "ups.status").stdout == "OL\n"
-    upsd_fronts.shim.wait_log(r"\[old-allowed\].*TLS up: TLSv1\.2", start=mark)
+    upsd_fronts.shim.wait_log(r"\[old-allowed\] shared session: TLS up with .*: TLSv1\.2,", start=mark)
 
 
 @pytest.mark.parametrize("to_upsd", [False, True], ids=["server shim", "upsd"])
@@ -343,11 +343,12 @@ def test_pin_of_the_client(servers, upsd, pki):
     """With pin in the server role a good certificate is not enough: its key must be one of those listed."""
     assert works(servers.ports["pinned"], certificate=pki.client)
     assert works(servers.ports["pin-request"], certificate=pki.client)
-    assert works(servers.ports["pin-request"])      # request: none is still none
     before, mark = len(upsd.up), servers.shim.mark()
     for section in ("pinned", "pin-request"):
         assert refused(lambda section=section: TlsClient(servers.ports[section], certificate=pki.other_client))
         servers.shim.wait_log(r"\[%s\].*pin.*%s" % (section, re.escape(pki.other_client.pin)), start=mark)
+    assert refused(lambda: TlsClient(servers.ports["pin-request"]))         # no certificate is no pin
+    servers.shim.wait_log(r"\[pin-request\].*no pin matches the peer's key.*no certificate", start=mark)
     assert refused(lambda: TlsClient(servers.ports["pinned"], certificate=pki.unknown_client))
     assert len(upsd.up) == before
 
