@@ -65,15 +65,26 @@ def said(name):
     return found[0]
 
 
-# What an engine does for a container, in namespaces that unshare has made; then it becomes process 1.
-# $1 the folder of the container, $2 the folder to mount at /etc/nut, $3 ro or rw for it and all else, $4 the tmpfs folders.
-ENGINE = r"""
+# A folder, $1, with this machine's files in root, whose changes go with the namespace.
+OVERLAY = r"""
 set -e
-cd "$1"
-mount -t tmpfs tmpfs .
+mount -t tmpfs tmpfs "$1"
 cd "$1"
 mkdir upper work root
 mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
+"""
+DEVICES = r"""
+mount -t proc proc root/proc
+mount -t tmpfs tmpfs root/dev
+mknod -m 666 root/dev/null c 1 3
+mknod -m 666 root/dev/urandom c 1 9
+ln -s /proc/self/fd root/dev/fd
+for name in stdin stdout stderr; do ln -s fd/$((number)) root/dev/$name; number=$((number + 1)); done
+"""
+
+# What an engine does for a container, in namespaces that unshare has made; then it becomes process 1.
+# $1 the folder of the container, $2 the folder to mount at /etc/nut, $3 ro or rw for it and all else, $4 the tmpfs folders.
+ENGINE = OVERLAY + r"""
 mkdir -p root/etc/nut
 %(build)s
 echo '127.0.0.1 localhost upsd
@@ -83,12 +94,7 @@ for folder in $4; do
 done
 mount --bind "$2" root/etc/nut
 mount -o "remount,bind,$3" root/etc/nut
-mount -t proc proc root/proc
-mount -t tmpfs tmpfs root/dev
-mknod -m 666 root/dev/null c 1 3
-mknod -m 666 root/dev/urandom c 1 9
-ln -s /proc/self/fd root/dev/fd
-for name in stdin stdout stderr; do ln -s fd/$((number)) root/dev/$name; number=$((number + 1)); done
+""" + DEVICES + r"""
 mount -o "remount,bind,$3" root # of the mount point, since an overlay itself takes no change
 shift 4
 exec chroot root "$@"

@@ -15,24 +15,13 @@ import pytest
 
 from conftest import missing
 from harness import NUTSHIM, ROOT, TESTS, Process, clean_env, folder, poll, run
-from test_boxes import PATH, Container, Network, cable, namespaces, upsd_in      # noqa: F401 (a fixture)
+from test_boxes import DEVICES, OVERLAY, PATH, Container, Network, cable, namespaces, upsd_in   # noqa: F401 (a fixture)
 from test_packaging import RC_COMMON, read
 
 TREE = "/srv/nutshim"                               # in each machine; /usr/src and the like may be links
 
 # $1 a folder for the machine, $2 the tree, $3 its name.
-MACHINE = r"""
-set -e
-mount -t tmpfs tmpfs "$1"
-cd "$1"
-mkdir upper work root
-mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
-mount -t proc proc root/proc
-mount -t tmpfs tmpfs root/dev
-mknod -m 666 root/dev/null c 1 3
-mknod -m 666 root/dev/urandom c 1 9
-ln -s /proc/self/fd root/dev/fd
-for name in stdin stdout stderr; do ln -s fd/$((number)) root/dev/$name; number=$((number + 1)); done
+MACHINE = OVERLAY + DEVICES + r"""
 mount -t tmpfs -o mode=755 tmpfs root/run
 mkfifo root/run/initctl # so that install takes it for SysV init
 rm -rf root/etc/nut root/usr/local/sbin/nutshim.py root/usr/local/sbin/mkNUTcert.py root/etc/init.d/nutshim
