@@ -65,15 +65,26 @@ def said(name):
     return found[0]
 
 
-# What an engine does for a container, in namespaces that unshare has made; then it becomes process 1.
-# $1 the folder of the container, $2 the folder to mount at /etc/nut, $3 ro or rw for it and all else, $4 the tmpfs folders.
-ENGINE = r"""
+# A folder, $1, with this machine's files in root, whose changes go with the namespace.
+OVERLAY = r"""
 set -e
-cd "$1"
-mount -t tmpfs tmpfs .
+mount -t tmpfs tmpfs "$1"
 cd "$1"
 mkdir upper work root
 mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
+"""
+DEVICES = r"""
+mount -t proc proc root/proc
+mount -t tmpfs tmpfs root/dev
+mknod -m 666 root/dev/null c 1 3
+mknod -m 666 root/dev/urandom c 1 9
+ln -s /proc/self/fd root/dev/fd
+for name in stdin stdout stderr; do ln -s fd/$((number)) root/dev/$name; number=$((number + 1)); done
+"""
+
+# What an engine does for a container, in namespaces that unshare has made; then it becomes process 1.
+# $1 the folder of the container, $2 the folder to mount at /etc/nut, $3 ro or rw for it and all else, $4 the tmpfs folders.
+ENGINE = OVERLAY + r"""
 mkdir -p root/etc/nut
 %(build)s
 echo '127.0.0.1 localhost upsd
@@ -83,12 +94,7 @@ for folder in $4; do
 done
 mount --bind "$2" root/etc/nut
 mount -o "remount,bind,$3" root/etc/nut
-mount -t proc proc root/proc
-mount -t tmpfs tmpfs root/dev
-mknod -m 666 root/dev/null c 1 3
-mknod -m 666 root/dev/urandom c 1 9
-ln -s /proc/self/fd root/dev/fd
-for name in stdin stdout stderr; do ln -s fd/$((number)) root/dev/$name; number=$((number + 1)); done
+""" + DEVICES + r"""
 mount -o "remount,bind,$3" root # of the mount point, since an overlay itself takes no change
 shift 4
 exec chroot root "$@"
@@ -181,28 +187,36 @@ class Container(Process):
             return re.search(r"(?m)^%s:[ \t]*(.*?)[ \t]*$" % name, file.read()).group(1)
 
 
+def cable(first, second, *addresses):
+    """A cable between two Networks, each with its address."""
+    for command in [first.command("ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", second.pid)] + [
+            network.command("ip", *words) for network, address in zip((first, second), addresses)
+            for words in (("address", "add", address, "dev", "cable"), ("link", "set", "cable", "up"))]:
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
-def engine(need, tmp_path):
-    """Two networks with a cable between them, and container(NAME, ROLE, …) to start one in each: what it starts is ended."""
-    need("ip", "unshare", "setpriv", "nsenter")
+def namespaces(need, tmp_path):
+    """Skips without root, namespaces with overlays, or a python3 that machines in them find."""
+    need("ip", "unshare", "nsenter")
     overlay = "mount -t tmpfs tmpfs %s && cd %s && mkdir a b c && mount -t overlay -o lowerdir=/,upperdir=a,workdir=b overlay c"
     if not IS_ROOT or run("unshare", "--net", "--mount", "--pid", "--fork", "sh", "-c", overlay % (tmp_path, tmp_path)).returncode:
         pytest.skip("no namespaces with overlays here")
     if not any(os.path.exists(os.path.join(path, "python3")) for path in PATH.split(":")):
         missing("python3 in one of " + PATH)
+
+
+@pytest.fixture
+def engine(need, namespaces):                                                   # pylint: disable=unused-argument
+    """Two networks with a cable between them, and container(NAME, ROLE, …) to start one in each: what it starts is ended."""
+    need("setpriv")
     with contextlib.ExitStack() as stack:
         stack.base = stack.enter_context(folder("box"))
         stack.networks = {}
         for role in COMPOSE:
             stack.networks[role] = stack.enter_context(Network())
-        server, client = stack.networks["server"], stack.networks["client"]
-        for command in (
-                server.command("ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", client.pid),
-                server.command("ip", "address", "add", "192.0.2.1/24", "dev", "cable"),
-                client.command("ip", "address", "add", "192.0.2.2/24", "dev", "cable"),
-                server.command("ip", "link", "set", "cable", "up"), client.command("ip", "link", "set", "cable", "up")):
-            done = run(*command)
-            assert done.returncode == 0, done.stderr
+        cable(stack.networks["server"], stack.networks["client"], "192.0.2.1/24", "192.0.2.2/24")
 
         def start(name, role, **options):
             etc = os.path.join(stack.base, role)
@@ -511,13 +525,3 @@ def test_index_names_what_is_there():
     table = re.search(r"(?m)^FOR .*\n((?:.+\n)+)", text).group(1).splitlines()
     named = [line[27:].split()[0] for line in table if line[0] != " "] + re.findall(r"(?m)^(test-\S+) ", text)
     assert sorted(named + ["README", "build-deb"]) == sorted(os.listdir(PACKAGING))
-
-
-def test_openwrt_notes_can_be_pasted(need):
-    """What OpenWrt's notes offer for pasting, the lines that are indented by six, its shell can read."""
-    need("busybox")
-    lines = re.findall(r"(?m)^ {6}(\S.*)$", read("openwrt", "README"))
-    assert len(lines) > 15
-    for line in lines:
-        done = run("busybox", "ash", "-n", "-c", line)
-        assert (done.returncode, done.stderr) == (0, ""), line
