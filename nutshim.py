@@ -68,6 +68,15 @@ def _unnamed_file() -> int:
     raise OSError("no place for an unnamed file")
 
 
+def open_standard() -> None:
+    """Started with 0, 1 or 2 closed: keep these from being anything else."""
+    fd = 0
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(fd, fd <= 2)
+    os.close(fd)
+
+
 def _start_from_bytecode(code, argv) -> str:
     """Become the same program, started from its bytecode; the reason if that cannot be done."""
     if any(word[:2] in ("-t", "-c", "-p", "-V", "-h", "--") for word in argv[1:]):
@@ -77,6 +86,7 @@ def _start_from_bytecode(code, argv) -> str:
     if not sys.executable or any(name in os.environ for name in ("PYTHONHOME", "PYTHONPATH")):
         return "Python is told by its environment where its modules are"
     import marshal
+    import signal
     flags = sys.flags
     words = ["-I", "-S"] + ["-B"] * flags.dont_write_bytecode + ["-O"] * flags.optimize
     words += ["-b"] * flags.bytes_warning + ["-v"] * flags.verbose
@@ -89,6 +99,8 @@ def _start_from_bytecode(code, argv) -> str:
         with os.fdopen(os.dup(fd), "wb") as file:
             marshal.dump(code, file)
         os.lseek(fd, 0, os.SEEK_SET)
+        # Nor is a signal lost before its handler is there, as process 1 would lose it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         os.execv(sys.executable, [sys.executable] + words
                  + ["-c", _LAUNCHER, str(fd), os.path.abspath(argv[0])] + argv[1:])
     except (OSError, ValueError) as error:
@@ -96,6 +108,7 @@ def _start_from_bytecode(code, argv) -> str:
 
 
 if __name__ == "__main__" and FROM_SOURCE:
+    open_standard()
     FROM_SOURCE = _start_from_bytecode(sys._getframe().f_code, sys.argv)
 
 # Imports stay behind it, and few; what only a check or a probe needs is imported there.
@@ -108,9 +121,7 @@ import functools                    # noqa: E402
 import gc                           # noqa: E402
 import hashlib                      # noqa: E402
 import itertools                    # noqa: E402
-import mmap                         # noqa: E402
 import pwd                          # noqa: E402
-import queue                        # noqa: E402
 import re                           # noqa: E402
 import select                       # noqa: E402
 import selectors                    # noqa: E402
@@ -118,9 +129,13 @@ import signal                       # noqa: E402
 import socket                       # noqa: E402
 import ssl                          # noqa: E402
 import stat                         # noqa: E402
-import threading                    # noqa: E402
 import time                         # noqa: E402
 import types                        # noqa: E402
+import _thread                      # noqa: E402  threading and queue cost 0.5 MB.
+try:
+    from _queue import SimpleQueue
+except ImportError:
+    from queue import SimpleQueue
 
 TYPE_CHECKING = False                # typing costs memory, and annotations are not evaluated.
 if TYPE_CHECKING:
@@ -138,6 +153,7 @@ MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512 characters, each es
 MAX_COMMAND_LINES = 32    # newlines in a command's quotes; NUT's own clients send none
 MAX_WORDS = 32            # words of a command that are looked at; upsd drops what is beyond
 MAX_QUESTION = 256        # bytes of a command that may go over a shared session
+MAX_KNOWN = 256           # lines of clients that are recognized without being read again
 MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
 MAX_HANDSHAKE = 256 * 1024  # bytes of a peer's handshake; a chain of certificates may have 100 KB
@@ -630,7 +646,10 @@ IDENTIFYING = frozenset((b"USERNAME", b"LOGIN", b"ATTACH"))
 _READ = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP", b"LOGOUT", b"DETACH"))
 _MONITOR = _READ | IDENTIFYING | {b"PASSWORD"}
 _PRIMARY = _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}
-KNOWN_VERBS = _PRIMARY | {b"STARTTLS", b"SET", b"INSTCMD"}
+# The verbs that are shown at -DD, with so many words; what is beyond may be a password mistyped.
+SHOWN = {b"GET": 4, b"LIST": 4, b"SET": 5, b"INSTCMD": 4, b"USERNAME": 2, b"PASSWORD": 1, b"LOGIN": 2,
+         b"ATTACH": 2, b"PRIMARY": 2, b"MASTER": 2, b"FSD": 2, b"VER": 1, b"NETVER": 1, b"PROTVER": 1,
+         b"HELP": 1, b"STARTTLS": 1, b"LOGOUT": 1, b"DETACH": 1}
 CLASSES = {"read": _READ, "monitor": _MONITOR, "primary": _PRIMARY, "admin": None}
 
 OK_STARTTLS = b"OK STARTTLS\n"
@@ -660,7 +679,25 @@ _DROPPED_TO_NUL = bytes.maketrans(_DROPPED, bytes(len(_DROPPED)))
 _stateless_lines = re.compile(
     rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
     ).fullmatch
-_known_lines = functools.lru_cache(256)(_stateless_lines)       # Clients repeat themselves.
+_known: dict = {}           # Clients repeat themselves; nothing else is kept, least of all passwords.
+
+
+def _are_stateless(data):
+    if data in _known:
+        return True
+    if not _stateless_lines(data):
+        return False
+    if len(data) < MAX_QUESTION:
+        _remember(data, None)
+    return True
+
+
+def _remember(data, found):
+    """A line or lines that need not be read again."""
+    if len(_known) >= MAX_KNOWN:
+        _known.clear()
+    _known[data] = found
+
 
 
 def _unescaped(text):
@@ -794,8 +831,7 @@ class Conversation:
 
     def from_client(self, data: bytes) -> tuple:
         """Bytes from the client -> (bytes for upsd, bytes for the client now)."""
-        if not self._commands.pending and not self._trace and (
-                _known_lines(data) if len(data) < 128 else _stateless_lines(data)):
+        if not self._commands.pending and not self._trace and _are_stateless(data):
             self.sent += data.count(b"\n")
             return data, b""
         up: list = []
@@ -923,9 +959,17 @@ _RESTS = {b"NUMLOGINS": re.compile(rb"\d+\n").fullmatch,
 _error = re.compile(rb"ERR [A-Z0-9-]+\n").fullmatch
 
 
-@functools.lru_cache(256)
 def question(raw: bytes) -> Optional[Question]:
     """The Question that one whole line is, or None: then it is not for a shared session."""
+    found = _known.get(raw)
+    if not found:
+        found = _question(raw)
+        if found:
+            _remember(raw, found)
+    return found
+
+
+def _question(raw):
     if len(raw) > MAX_QUESTION or not _question_line(raw):
         return None
     words = raw.split()
@@ -1747,7 +1791,7 @@ def _some(texts, most=3):
 
 _WEAK_KEY = "is too short for this OpenSSL's security level (RSA needs 2048 bits): make a new one"
 _WEAK_DIGEST = ("is signed with SHA-1 or another weak digest, which this OpenSSL's security level "
-                "does not allow: make it anew")
+                "does not allow: make a new one")
 _LOAD_WORDS = {                             # By OpenSSL's reasons (sslerr.h).
     "EE_KEY_TOO_SMALL": "its key " + _WEAK_KEY,
     "CA_KEY_TOO_SMALL": "the key of a CA in it " + _WEAK_KEY,
@@ -1842,9 +1886,9 @@ def name_words(names: list, name: str) -> str:
     alternatives = [each for each in names if each.startswith(("DNS:", "IP:"))]
     if not alternatives:
         return (f"is not for {name}: it has no subjectAltName, and names count nowhere else; "
-                f"make it anew with one ({wanted})")
+                f"make a new one with one ({wanted})")
     if address and "DNS:" + name.lower() in names:
-        return f"is not for {name}: it has the address as DNS:{name}; make it anew with {wanted}"
+        return f"is not for {name}: it has the address as DNS:{name}; make a new one with {wanted}"
     words = "is for " + names_text(alternatives)
     if wanted in names or not address and "DNS:*." + wanted.partition(".")[2] in names:
         return words
@@ -2079,28 +2123,36 @@ class Workers:
     """Threads that run jobs for the loop; see the thread contract above."""
 
     def __init__(self, count: int, wake: Callable):
-        self._wake, self._jobs = wake, queue.SimpleQueue()
+        self._wake, self._jobs = wake, SimpleQueue()
         self.done: Deque = collections.deque()      # (then, result, error), from any thread
         for _ in range(count):
-            threading.Thread(target=self._run, daemon=True).start()
+            _thread.start_new_thread(self._run, ())
 
-    def submit(self, job: Callable, then: Callable) -> None:
-        """Run job() in a thread, then then(result, error) in the loop's."""
-        self._jobs.put((job, then))
+    def submit(self, job: Callable, then: Callable) -> list:
+        """Run job() in a thread, then then(result, error) in the loop's.
+
+        Whoever does not want that any more empties the list returned.
+        """
+        task = [(job, then)]
+        self._jobs.put(task)
+        return task
 
     def submit_look_up(self, host: str, port: int, then: Callable) -> None:
         """In a thread of its own: a resolver that hangs must not hold up handshakes."""
-        threading.Thread(target=self._do, args=(lambda: look_up(host, port), then),
-                         daemon=True).start()
+        _thread.start_new_thread(self._do, ([(lambda: look_up(host, port), then)],))
 
     def _run(self):
         while True:
             try:
-                self._do(*self._jobs.get())
+                self._do(self._jobs.get())
             except MemoryError:
                 pass                        # The session's deadline ends it; the thread must live.
 
-    def _do(self, job, then):
+    def _do(self, task):
+        try:
+            job, then = task.pop()
+        except IndexError:                  # Not wanted any more.
+            return
         try:
             self.done.append((then, job(), None))
         except Exception as error:          # The loop tells a peer's fault from a bug.
@@ -2250,10 +2302,7 @@ def _ask_for_memory():
 
     Python 3.11 dies when OpenSSL has none for a new engine.
     """
-    try:
-        mmap.mmap(-1, SPARE_MEMORY).close()     # Never touched, so it costs nothing.
-    except OSError:
-        raise MemoryError from None
+    bytes(SPARE_MEMORY)         # Never touched, so it costs nothing.
 
 
 class Engine:
@@ -2494,7 +2543,16 @@ async def received(conn: Connection) -> bytes:
 
 
 async def in_thread(loop, job: Callable):
-    return await until(lambda resume: loop.workers.submit(job, resume))
+    """The result of a job; given up, it costs no thread's time and holds nothing."""
+    task: list = []
+
+    def arm(resume):
+        nonlocal task
+        task = loop.workers.submit(job, resume)
+    try:
+        return await until(arm)
+    finally:
+        task.clear()
 
 
 async def connected(loop, owner, family: int, address: tuple) -> Connection:
@@ -2813,10 +2871,9 @@ class Session:
 
     def _tell_commands(self, seen):
         for words in seen:
-            verb = words[0].upper() if words else b""
-            if verb == b"PASSWORD" or verb not in KNOWN_VERBS:      # It may be a password mistyped.
-                words = words[:1] + [b"..."] * (len(words) > 1)
-            self.log(DEBUG, f"command '{printable(b' '.join(words)[:MAX_QUESTION])}'")
+            most = SHOWN.get(words[0].upper() if words else b"", 0)
+            shown = b" ".join(words[:most] + [b"..."] * (len(words) > most))
+            self.log(DEBUG, f"command '{printable(shown[:MAX_QUESTION])}'")
         seen.clear()
 
     def _identify(self, facts):
@@ -4208,8 +4265,7 @@ class Probe:
 
 def prepare_process() -> None:
     """Standard descriptors are open, no others but those that a service manager handed over."""
-    while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) <= 2:
-        pass                                    # Keep 0, 1 and 2 from our sockets.
+    open_standard()
     try:
         inherited = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
@@ -4220,7 +4276,6 @@ def prepare_process() -> None:
                 os.close(fd)
             except OSError:
                 pass
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     try:
         with open("/proc/self/comm", "w") as file:
             file.write("nutshim")
@@ -4236,7 +4291,9 @@ def handed_over_count() -> int:
 
 def raise_descriptor_limit(max_sessions: int) -> int:
     """Room for so many sessions, two descriptors each; how many there is room for."""
-    import resource
+    if os.sysconf("SC_OPEN_MAX") >= 2 * max_sessions + SPARE_DESCRIPTORS:
+        return max_sessions
+    import resource                             # It costs 0.2 MB.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * max_sessions + SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -4478,6 +4535,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)      # The loop learns of it by the wake-up byte.
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         self._apply(conf, credentials, warnings, _handed_over())
         try:
             if process.has_pidfile:
@@ -4763,33 +4821,77 @@ def print_check(conf: Conf, credentials: dict, warnings: list) -> None:
     print(f"{conf.path}: no fault found")
 
 
+USAGE = """usage: nutshim.py [-D]... [-F] [-f FILE] [-u USER] [-r DIR]
+       nutshim.py -t | -p NAME | -c reload|stop|status [--json|--prometheus] [-f FILE]
+       nutshim.py -V | -h
+"""
+HELP = """
+TLS 1.3 for NUT: in front of upsd (role server) and of upsmon, upsc, ... (role client).
+
+  -f FILE       configuration file
+  -D            debug: foreground, log to stderr, with each step of an opening;
+                -DD: protocol words too
+  -F            foreground, log where the option log says
+  -u USER       user to run as once the ports are open
+  -r DIR        confine to DIR
+  -t            check the configuration, report every fault
+  -c COMMAND    speak to the running daemon: reload, stop or status
+  --json, --prometheus    with -c status: for programs
+  -p NAME       probe client shim NAME's upstream
+  -V            version
+  -h            this text
+
+options in nutshim.conf:
+"""
+_FLAGS = {"D": "debug", "F": "foreground", "t": "test", "V": "version", "h": "help"}
+_VALUES = {"f": "file", "u": "user", "r": "chroot", "c": "command", "p": "probe"}
+
+
+def read_arguments(argv: list) -> types.SimpleNamespace:
+    """The command line, as getopt(3) would; argparse takes 0.5 MB for good. ValueError."""
+    args = types.SimpleNamespace(form=None, **dict.fromkeys(_FLAGS.values(), 0),
+                                 **dict.fromkeys(_VALUES.values()))
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("--json", "--prometheus"):
+            args.form = word[2:]
+        elif word == "--help":
+            args.help = 1
+        elif not re.match("-[A-Za-z]", word):
+            raise ValueError(f"'{word}' is no option")
+        letters = "" if word.startswith("--") else word[1:]
+        while letters:
+            letter, letters = letters[0], letters[1:]
+            if letter in _FLAGS:
+                setattr(args, _FLAGS[letter], getattr(args, _FLAGS[letter]) + 1)
+            elif letter not in _VALUES:
+                raise ValueError(f"-{letter} is no option")
+            elif not letters and not words:
+                raise ValueError(f"-{letter} needs a value")
+            else:
+                setattr(args, _VALUES[letter], letters or words.pop(0))
+                letters = ""
+    if args.command not in (None, "reload", "stop", "status"):
+        raise ValueError(f"-c: expected reload, stop or status, not '{args.command}'")
+    args.foreground = args.foreground or args.debug
+    return args
+
+
 def main(argv: Optional[list] = None) -> int:
-    import argparse
     for stream in (sys.stdout, sys.stderr):
         if stream:                                      # A terminal may lack a name's characters.
             stream.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(
-        prog="nutshim.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="TLS 1.3 for NUT: in front of upsd (role server) and of upsmon, upsc, ... "
-                    "(role client).",
-        epilog="options in nutshim.conf:\n" + "\n".join(f"  {each.name:25} {each.help}"
-                                                        for each in OPTIONS))
-    add = parser.add_argument
-    add("-f", metavar="FILE", dest="file", help="configuration file")
-    add("-D", action="count", default=0, dest="debug",
-        help="debug: foreground, log to stderr, with each step of an opening; -DD: protocol words too")
-    add("-F", action="store_true", dest="foreground", help="foreground, log where the option log says")
-    add("-u", metavar="USER", dest="user", help="user to run as once the ports are open")
-    add("-r", metavar="DIR", dest="chroot", help="confine to DIR")
-    add("-t", action="store_true", dest="test", help="check the configuration, report every fault")
-    add("-c", choices=("reload", "stop", "status"), dest="command", help="speak to the running daemon")
-    add("--json", action="store_const", const="json", dest="form", help="with -c status")
-    add("--prometheus", action="store_const", const="prometheus", dest="form", help="with -c status")
-    add("-p", metavar="NAME", dest="probe", help="probe client shim NAME's upstream")
-    version = f"nutshim {VERSION}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}"
-    add("-V", action="version", version=version)
-    args = parser.parse_args(argv)
-    args.foreground = args.foreground or args.debug > 0
+    try:
+        args = read_arguments(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"{USAGE}nutshim.py: {error}", file=sys.stderr)
+        return 2
+    if args.help or args.version:
+        version = f"nutshim {VERSION}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}"
+        options = "\n".join(f"  {each.name:25} {each.help}" for each in OPTIONS)
+        print(USAGE + HELP + options if args.help else version)
+        return 0
     try:
         path = args.file or find_config()
         if args.command:
