@@ -121,6 +121,7 @@ import functools                    # noqa: E402
 import gc                           # noqa: E402
 import hashlib                      # noqa: E402
 import itertools                    # noqa: E402
+import mmap                         # noqa: E402
 import pwd                          # noqa: E402
 import re                           # noqa: E402
 import select                       # noqa: E402
@@ -230,8 +231,9 @@ def _address(local):
             raise ValueError(f"{_ASCII}, not '{text}'")
         has_port = re.match(r"(\[.*\]|[^:]*):[0-9]{1,5}$", text)
         host, _, port = text.rpartition(":") if has_port else (text, "", "")
-        host = host[:-1] if host.endswith(".") else host
-        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*$", host, re.I)
+        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*\.?$", host, re.I)
+        if host.endswith(".") and not numbers:          # The root's dot, which no certificate has.
+            host = host[:-1]
         if ":" in host:
             host = host[1:-1] if host[0] + host[-1] == "[]" else host
             good = numeric_family(host) == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
@@ -2139,7 +2141,11 @@ class Workers:
 
     def submit_look_up(self, host: str, port: int, then: Callable) -> None:
         """In a thread of its own: a resolver that hangs must not hold up handshakes."""
-        _thread.start_new_thread(self._do, ([(lambda: look_up(host, port), then)],))
+        try:
+            _thread.start_new_thread(self._do, ([(lambda: look_up(host, port), then)],))
+        except RuntimeError as error:
+            self.done.append((then, None, OSError(errno.EAGAIN, str(error))))
+            self._wake()
 
     def _run(self):
         while True:
@@ -2197,7 +2203,7 @@ class Connection:
         if self.out or mask != self.mask:
             self._register()
         if self.more and mask & READ:
-            self.loop.again.append(self)
+            self.loop.again[self] = None
 
     def _register(self):
         mask = self._wanted | (WRITE if self.out else 0)
@@ -2302,7 +2308,10 @@ def _ask_for_memory():
 
     Python 3.11 dies when OpenSSL has none for a new engine.
     """
-    bytes(SPARE_MEMORY)         # Never touched, so it costs nothing.
+    try:
+        mmap.mmap(-1, SPARE_MEMORY).close()     # Never touched, so it costs nothing.
+    except OSError:
+        raise MemoryError from None
 
 
 class Engine:
@@ -2393,9 +2402,11 @@ class TlsConnection(Connection):
             self.ended, self.fault = True, "its TLS is nearly all overhead"
         if self._outgoing.pending:          # Alerts, key updates, tickets.
             super().send(self._made())
+            if len(self.out) > 2 * HIGH_WATER:
+                self.ended, self.fault = True, "it does not read what TLS has to say"
         if self.ended and data:
             self.more = True                # The end is told by the next call.
-            self.loop.again.append(self)
+            self.loop.again[self] = None
         return data if data or self.ended else None
 
     def _decrypted(self, rest):
@@ -2633,7 +2644,6 @@ class Session:
 
     def __init__(self, shim: Shim, sock: socket.socket, address: tuple, place: Union[str, bytes]):
         self.shim, self.loop, self.address, self.place = shim, shim.loop, address, place
-        self.number = shim.count(place)
         self.client = Connection(self.loop, sock, self)
         self.upstream = self.link = self.talk = self.opening = self.reason = None
         self.access = self.user = self.ups = None
@@ -2646,6 +2656,7 @@ class Session:
         self.tries = 0              # How often they had to be asked again.
         self.alone = False          # From its next command on it gets a session of its own.
         self.stopping = False       # The replies under way, then the end.
+        self.number = shim.count(place)
 
     def start(self) -> None:
         self.log(INFO, "opened")
@@ -2863,7 +2874,7 @@ class Session:
         # A line that is not whole yet is no question yet.
         more = self.backlog and (talk or b"\n" in self.backlog or len(self.backlog) > MAX_QUESTION)
         if more and not wait and (talk or not self.asked):
-            self.loop.again.append(self)
+            self.loop.again[self] = None
         client.want(0 if wait or more else READ)
         if full:
             self.loop.watch(self.last + STALL_LIMIT)
@@ -3764,7 +3775,7 @@ class Loop:
         self.sessions: set = set()
         self.strangers: dict = {}           # Sessions that have shown nothing yet, oldest first.
         self.timed: set = set()             # What has a deadline and expired().
-        self.again: list = []               # What has more to do that select() does not see.
+        self.again: dict = {}               # What has more to do that select() does not see.
         self.soon: list = []                # Calls at the end of this round.
         self.max_sessions = 0
         self.stopping = self.finished = False
@@ -3783,7 +3794,8 @@ class Loop:
             pass                            # Full, so it will wake anyway.
 
     def _woken(self):
-        for number in (self._wakes.recv() or b"").replace(b"\0", b""):
+        # TERM before INT before HUP, and each of them once.
+        for number in sorted(set(self._wakes.recv() or b"") - {0}, reverse=True):
             self._on_signal(number)
         done = self.workers.done
         while done:
@@ -3798,7 +3810,7 @@ class Loop:
 
     def fault(self, owner, error: Exception) -> None:
         """The one place that tells a peer's fault from a bug; either ends the owner."""
-        if isinstance(error, ProtocolError):
+        if isinstance(error, ProtocolError) and owner:
             owner.finish(error.reason, str(error))
         elif isinstance(error, MemoryError):
             self.log.limited(ERROR, "memory", "out of memory: a session is closed")
@@ -3831,7 +3843,7 @@ class Loop:
                 timeout = max(0, self._next - monotonic())
             events = select(timeout)
             self.now = monotonic()
-            again, self.again = self.again, []
+            again, self.again = self.again, {}
             for key, mask in events:
                 conn = key.data
                 try:

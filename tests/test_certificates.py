@@ -173,7 +173,7 @@ def test_names_that_look_like_others(shim, nut, key, tmp_path):
     running = shim({"server": {
         "role": "server", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % nut.port, "client_certificate": "require",
         "certificate": server_file(tmp_path, "own", certificate(key, spki=spki), key), "trust": write(str(tmp_path / "trust"), trust),
-        "permit": "DNS:nas.lan: admin, DNS:n\u00e4s.lan: admin, IP:192.0.2.1: admin, email:nas.lan: admin"}})
+        "permit": "DNS:nas.lan: admin, IP:192.0.2.1: admin, email:nas.lan: admin"}})
     for title, block in zip(clients, re.findall("(?s)-----BEGIN.*?END CERTIFICATE-----\n", trust)):
         own = types.SimpleNamespace(file=write(str(tmp_path / title), read(key) + block))
         with TlsClient(running.port("server"), certificate=own) as client:
@@ -483,9 +483,9 @@ def test_a_name_that_does_not_fit(shim, pki, key, tmp_path):
     """CN without subjectAltName, an address as a DNS name, another name: each has its own words and cure, in log and -p."""
     spki = public_key(key)
     cases = {
-        "cn": (certificate(key, spki=spki, extensions=b""), {}, "has no subjectAltName, .*make it anew with one .DNS:localhost"),
+        "cn": (certificate(key, spki=spki, extensions=b""), {}, "has no subjectAltName, .*make a new one with one .DNS:localhost"),
         "address": (certificate(key, spki=spki, extensions=tlv(0xa3, tlv(0x30, san((0x82, b"192.0.2.9"))))), {"server_name": "192.0.2.9"},
-                    "has the address as DNS:192.0.2.9; make it anew with IP:192.0.2.9"),
+                    "has the address as DNS:192.0.2.9; make a new one with IP:192.0.2.9"),
         "other": (certificate(key, spki=spki, extensions=tlv(0xa3, tlv(0x30, san((0x82, b"nas.lan"))))), {},
                   "is for DNS:nas.lan, not for localhost: set server_name")}
     for title, (der, options, words) in cases.items():

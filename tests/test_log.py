@@ -186,7 +186,7 @@ def test_each_level_of_debugging_tells_its_own(nut, pki, tmp_path, level):
         for step in steps:
             assert bool(re.search(step, of_it)) == (level != "-F"), (step, of_it)
     words = ["GET VAR ups ups.status", "GET VAR ups ups.mfr", "USERNAME " + PRIMARY[0], "PASSWORD \\.\\.\\.",
-             "PASSWROD \\.\\.\\."]
+             "\\.\\.\\."]
     for word in words:
         assert len([line for line in lines if re.search("command '%s'" % word, line)]) == 2 * (level == "-DD"), word
     assert bool(lines) == (level != "-F") and bool(read(log)) == (level == "-F")

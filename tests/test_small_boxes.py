@@ -186,11 +186,8 @@ for _name in "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT":
     "poll() alone": ("selectors", "DefaultSelector = PollSelector\n"),
     "thread stacks of 128 KiB (musl)": ("selectors", "import _thread\n_thread.stack_size(131072)\n"),
 }
-MENDED = pytest.mark.xfail(strict=True, reason="known in 1.0")     # to go with the fault
 
-
-@pytest.mark.parametrize("system", [
-    pytest.param(system, marks=MENDED if "get" in system else ()) for system in SYSTEMS])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_session_on_other_systems(system, nut, pki, tmp_path):
     """Both roles relay a session, as the user nut where the tests run as root, on systems that differ from this one."""
     module, text = SYSTEMS[system]
