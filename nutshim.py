@@ -188,11 +188,8 @@ def _path(*words):
     return lambda text, base: text if text in words else os.path.join(base, text)
 
 
-def _text(text, _base):
-    return text
-
-
 _ASCII = "expected ASCII without blanks, an international name in its xn-- form"
+_host_name = re.compile(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*", re.ASCII).fullmatch
 
 
 def _address(local):
@@ -201,28 +198,28 @@ def _address(local):
     local is the host that goes with a port alone: * where nutshim listens, localhost elsewhere.
     """
     def parse(text, _base):
-        if re.match(":?[0-9]{1,5}$", text) and int(text.lstrip(":")) <= 65535:
-            raise ValueError(f"'{text}' is a port; did you mean {local}:{text.lstrip(':')}?")
+        alone = re.match(":?([0-9]{1,5})$", text)
+        if alone and int(alone[1]) <= 65535:
+            raise ValueError(f"'{text}' is a port; did you mean {local}:{alone[1]}?")
         if "@" in text:
             raise ValueError("a UPS's name belongs in upsmon.conf's MONITOR line, not here: "
                              f"expected HOST[:PORT], not '{text}'")
         if re.search("[^!-~]", text):
             raise ValueError(f"{_ASCII}, not '{text}'")
-        has_port = re.match(r"(\[.*\]|[^:]*):[0-9]{1,5}$", text)
-        host, _, port = text.rpartition(":") if has_port else (text, "", "")
-        host = host[:-1] if host.endswith(".") else host
-        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*$", host, re.I)
-        if ":" in host:
-            host = host[1:-1] if host[0] + host[-1] == "[]" else host
-            good = numeric_family(host) == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
-            if good and re.match("fe[89ab]", host, re.I) and "%" not in host:
-                raise ValueError(f"a link-local address needs its interface: {host}%INTERFACE")
-        elif numbers and not numeric_family(host):      # inet_aton() takes 401 for 0.0.1.145.
+        host, port = re.match(r"(\[.*\]|[^:]*|.*)(?::([0-9]{1,5}))?$", text).groups()
+        host = re.sub(r"^\[(.*:.*)\]$", r"\1", host)
+        family = numeric_family(host)
+        if family == socket.AF_INET6 and re.match("fe[89ab][^%]*$", host, re.I):
+            raise ValueError(f"a link-local address needs its interface: {host}%INTERFACE")
+        # inet_aton() takes 401 for 0.0.1.145.
+        if not family and re.match(r"(([0-9]+|0x[0-9a-f]*)(\.|$))+$", host, re.I):
             raise ValueError(f"'{host}' is no IPv4 address: expected four numbers from 0 to 255")
-        else:
-            good = re.match(r"([\w-]{1,63}\.)*[\w-]{1,63}$", host) or host == local
+        if not family:
+            host = re.sub(r"\.$", "", host)
+        scoped = family == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
         lowest = 0 if local == "*" else 1
-        if not good or not lowest <= int(port or 401) <= 65535:
+        if (not (_host_name(host) or scoped or host == local)
+                or not lowest <= int(port or 401) <= 65535):
             raise ValueError("expected HOST[:PORT], an IPv6 address in brackets, "
                              f"a port up to 65535, not '{text}'")
         return _unmapped(host), int(port) if port else None
@@ -240,9 +237,8 @@ def _unmapped(host):
 
 def _server_name(text, _base):
     """A host name or address, as certificates have it: without the root's dot at its end."""
-    name = text[:-1] if text.endswith(".") else text
-    host = re.match(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*\Z", name, re.ASCII)
-    if not host and (not numeric_family(name) or "%" in name):
+    name = re.sub(r"\.$", "", text)
+    if not _host_name(name) and (not numeric_family(name) or "%" in name):
         raise ValueError("expected one host name or address, in ASCII (an international name in "
                          f"its xn-- form), without port or brackets, not '{text}'")
     return name
@@ -251,13 +247,17 @@ def _server_name(text, _base):
 def _pin(text, _base):
     try:
         digest = binascii.a2b_base64(text[8:])
-        # Pins are compared as text, so each has only one form.
-        if len(digest) == 32 and text[:8] == "sha256//":
-            if text[8:] == binascii.b2a_base64(digest, newline=False).decode():
-                return text
     except ValueError:
-        pass
-    raise ValueError(f"expected sha256//BASE64 as 'nutshim.py -t' prints it, not '{text}'")
+        digest = b""
+    # Pins are compared as text, so each has only one form.
+    if len(digest) != 32 or text != pin_text(digest):
+        raise ValueError(f"expected sha256//BASE64 as 'nutshim.py -t' prints it, not '{text}'")
+    return text
+
+
+def pin_text(digest: bytes) -> str:
+    """A public key's SHA-256 as curl writes it."""
+    return "sha256//" + binascii.b2a_base64(digest, newline=False).decode()
 
 
 def _network(text, _base):
@@ -282,26 +282,23 @@ def _permit(text, base):
         raise ValueError(f"expected IDENTITY: {', '.join(CLASSES)}, not '{text}'")
     if identity.startswith("sha256//"):
         return _pin(identity, base), access
-    if identity == "*":
-        return identity, access
-    match = re.match(r"(CN=|DNS:|IP:|URI:|email:)(\S.*)", identity)
+    match = re.match(r"\*$|(CN=|DNS:|IP:|URI:|email:)(\S.*)", identity)
     if not match:
         raise ValueError(f"expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '{identity}'")
     kind, value = match.groups()
     if kind == "IP:" and ("%" in value or not numeric_family(value)):
         raise ValueError(f"expected an address behind IP:, not '{identity}'")
-    if kind != "CN=" and re.search("[^!-~]", value):
+    if kind not in (None, "CN=") and re.search("[^!-~]", value):
         raise ValueError(f"{_ASCII}, not '{identity}'")
     return normal_name(identity), access
 
 
 GLOBAL, SHIM, SERVER, CLIENT = "global", "shim", "server", "client"
 
-# parse is a parser, or for a list separated by commas [the parser of one entry].
 # parse is a parser or, for a list separated by commas, [the parser of an entry].
 Option = collections.namedtuple("Option", "name where default parse help")
 OPTIONS = [Option(*row) for row in (
-    ("user", GLOBAL, None, _text,
+    ("user", GLOBAL, None, lambda text, _base: text,
      "user to run as once the ports are open; default nut, if started as root"),
     ("chroot", GLOBAL, None, _path(), "folder to confine the daemon to, before it becomes user"),
     ("pidfile", GLOBAL, ("/run" if os.path.isdir("/run") else "/var/run") + "/nutshim.pid", _path(),
@@ -433,46 +430,40 @@ def read_config(path: str) -> tuple:
     """nutshim.conf -> (global Conf with .shims, fault lines); a faulty option has its default."""
     path = os.path.abspath(path)
     faults = []
-    sections = [(None, 1, {})]          # (name, line, {option: (line, text or None if faulty)})
+    sections = [(Conf(name=None, path=path, line=1, lines={}), {})]     # {option: text or None}
     for number, line in enumerate(_read_lines(path), 1):
         # A comment begins a line or follows a blank; quotes keep what is in them.
-        line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match.group(1) or "", line)
+        line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match[1] or "", line)
         line = line.strip(" \t\r")
         if not line:
             continue
-        header = line[0] == "["
+        (conf, texts), header, fault = sections[-1], line[0] == "[", None
         name, _, text = (part.strip() for part in line.partition("="))
         if header:
             name = re.sub(r"[^\w.-]", "", line)
-        given = sections[-1][2]
-        odd, fault = _odd_character(line), None
-        if odd:
-            fault = odd
-        elif line.count('"') % 2:
+        if line.count('"') % 2:
             fault = f"expected a second quote (\"), not '{line}'"
         elif header and not re.match(r"\[[ \t]*[\w.-]+[ \t]*\]$", line):
             fault = f"expected [section], a name of letters, digits, '.', '_' and '-', not '{line}'"
-        elif header and any(name == section[0] for section in sections):
+        elif header and any(name == each.name for each, _ in sections):
             fault = f"a second section [{name}]: expected a name of its own for each shim"
         elif not header and not (name and text.strip('" \t')):
             fault = f"expected 'name = value' or '[section]', not '{line}'"
-        elif not header and name in given:
-            fault = f"{name}: already given in line {given[name][0]}"
+        elif not header and name in texts:
+            fault = f"{name}: already given in line {conf.lines[name]}"
+        fault = _odd_character(line) or fault
         if header:
-            sections.append((name, number, {}))
-        else:
-            given.setdefault(name, (number, None if fault else text))
+            sections.append((Conf(name=name, path=path, line=number, lines={}), {}))
+        elif name not in texts:
+            conf.lines[name], texts[name] = number, None if fault else text
         if fault:
             faults.append(f"{path}:{number}: {fault}")
-    conf = _read_section(path, sections[0], GLOBAL, faults)
-    conf.shims = []
-    for section in sections[1:]:
-        role = (section[2].get("role", (0, None))[1] or "").replace('"', "")
-        shim = _read_section(path, section, role if role in (SERVER, CLIENT) else None, faults)
-        if shim.role:
-            conf.shims.append(shim)
     if not sections[1:]:
         faults.append(f"{path}:1: expected a [section] for each shim, found none")
+    for conf, texts in sections:
+        _set_options(conf, texts, faults)
+    conf, *shims = [conf for conf, _ in sections]
+    conf.shims = [shim for shim in shims if shim.role]
     return conf, faults
 
 
@@ -493,72 +484,55 @@ def _read_lines(path):
 
 def _odd_character(line):
     """What is wrong with the first character that no line may have, or None."""
-    for c in line:
-        if "\udc80" <= c <= "\udcff":
-            return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is Latin-1, "
-                    "'iconv -f ISO-8859-1 -t UTF-8 FILE' converts it")
-        if c < " " and c != "\t" or "~" < c < "\xa0":
-            return f"a control character (U+{ord(c):04X}); expected plain text"
-        if not c.isprintable() and c != "\t":
-            return f"U+{ord(c):04X} looks like a blank, or like nothing; expected plain blanks"
-    return None
+    c = next((c for c in line if c != "\t" and not c.isprintable()), None)
+    if c is None:
+        return None
+    if "\udc80" <= c <= "\udcff":
+        return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is Latin-1, "
+                "'iconv -f ISO-8859-1 -t UTF-8 FILE' converts it")
+    if c < "\xa0":
+        return f"a control character (U+{ord(c):04X}); expected plain text"
+    return f"U+{ord(c):04X} looks like a blank, or like nothing; expected plain blanks"
 
 
-def _similar(word):
-    """The option that word is probably a misspelling of (Levenshtein's distance), or None."""
-    def distance(name):
-        row = list(range(len(name) + 1))
-        for i, c in enumerate(word.lower(), 1):
-            last, row[0] = row[0], i
-            for j, d in enumerate(name, 1):
-                last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (c != d))
-        return row[-1]
-    best = min((option.name for option in OPTIONS), key=distance)
-    return best if distance(best) <= min(2, (len(word) + 1) // 3) else None
+_BELONGS = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
+            SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
 
 
-def _read_section(path, section, role, faults):
-    """One section's options, each checked by itself and, with a role, against each other."""
-    name, line, given = section
+def _set_options(conf, texts, faults):
+    """A section's options, each checked by itself and, with a role, against each other."""
+    role = (texts.get("role") or "").replace('"', "")
+    role = GLOBAL if conf.name is None else role if role in (SERVER, CLIENT) else None
+    conf.role = role
     wanted = {GLOBAL: (GLOBAL,), None: (SHIM, SERVER, CLIENT)}.get(role, (SHIM, role))
-    conf = Conf(name=name, role=role, path=path, line=line,
-                lines={option: at for option, (at, _) in given.items()})
     places = {option.name: option.where for option in OPTIONS}
-    belongs = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
-               SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
     bad = set()                                 # Options that have their fault already.
-    for option, (_, text) in given.items():
-        where = places.get(option)
+    for option, text in texts.items():
         if text is None:
             bad.add(option)
-        elif not where:
-            near = _similar(option)
+        elif option not in places:
+            import difflib
+            near = difflib.get_close_matches(option.lower(), places, 1, 0.75)
             faults.append(conf.at(option) + "no such option; " + (
-                f"did you mean {near}?" if near else "'nutshim.py -h' lists them"))
-        elif where not in wanted:
-            faults.append(conf.at(option) + "belongs " + belongs[where])
+                f"did you mean {near[0]}?" if near else "'nutshim.py -h' lists them"))
+        elif places[option] not in wanted:
+            faults.append(conf.at(option) + "belongs " + _BELONGS[places[option]])
     for option in OPTIONS:
         if option.where not in wanted:
             continue
         default = option.default.get(role) if isinstance(option.default, dict) else option.default
         try:
-            value = _parse(option, given.get(option.name, (0, None))[1] or default, path)
+            value = _parse(option, texts.get(option.name) or default, conf.path)
         except ValueError as error:
             faults.append(conf.at(option.name) + str(error))
             bad.add(option.name)
-            value = _parse(option, default, path)
+            value = _parse(option, default, conf.path)
         port = DEFAULT_PORT.get((option.name, role))
         if port and value:
             value = [(host, port if number is None else number) for host, number in value]
         setattr(conf, option.name, value)
-    if role in (SERVER, CLIENT):
-        rules = _rules(conf, role == SERVER, bad)
-    else:
-        rules = [("role", role is None and "role" not in given,
-                  "required: server (in front of upsd) or client (in front of upsmon, upsc, ...)")]
-    faults += [conf.at(option) + text
-               for option, broken, text in rules if broken and option not in bad]
-    return conf
+    faults += [conf.at(option) + words for option, broken, words in _rules(conf, bad)
+               if broken and option not in bad]
 
 
 def _parse(option, text, path):
@@ -572,8 +546,12 @@ def _parse(option, text, path):
     return [option.parse[0](entry, base) for entry in "".join(parts).split("\n")]
 
 
-def _rules(conf, server, bad):
+def _rules(conf, bad):
     """What options ask of each other: (option, whether that is broken, what is wrong)."""
+    if conf.role not in (SERVER, CLIENT):
+        return [("role", conf.role is None,
+                 "required: server (in front of upsd) or client (in front of upsmon, upsc, ...)")]
+    server = conf.role == SERVER
     rules = [
         ("certificate", server and not conf.certificate, "required (PEM; mkNUTcert.py makes it)"),
         ("upstream", not conf.upstream, "required (the host of the server shim)"),
