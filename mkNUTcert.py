@@ -1239,7 +1239,7 @@ def show_file(ossl: OpenSSL, pem: Pem) -> None:
     for crl in pem.crls:
         found = read_list(crl)
         print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n    until:   %s" % (
-            found.issuer, moment(found.this_update), until(moment(found.next_update))))
+            found.issuer, moment(found.not_before), until(moment(found.not_after))))
 
 
 def until(end: datetime.datetime) -> str:
@@ -1425,7 +1425,7 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
 def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
     try:
         found = read_list(crl)
-        start, end = moment(found.this_update), moment(found.next_update)
+        start, end = moment(found.not_before), moment(found.not_after)
     except Fault as fault:
         what, _, cure = str(fault).partition("; ")
         yield what, cure
