@@ -477,9 +477,6 @@ def read_pem(path: str) -> Pem:
         if block.encrypted:
             raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it "
                         "off: openssl pkey -in %s -out NEWFILE" % (path, path))
-        if block.kind == "TRUSTED CERTIFICATE":
-            raise Fault("%s: a TRUSTED CERTIFICATE, which nutshim.py does not take; write a plain "
-                        "one: openssl x509 -in %s -out NEWFILE" % (path, path))
         kind = block.kind if block.kind not in reader().CERTIFICATES else reader().CERTIFICATES[0]
         place = {"CERTIFICATE": pem.certs, reader().REVOCATION_LIST: pem.crls}.get(
             kind, pem.keys if kind.endswith("PRIVATE KEY") else [])
@@ -1274,32 +1271,17 @@ def check(ossl: OpenSSL, opts: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def read_conf(conf: str) -> List[Tuple[str, str, List[str]]]:
-    """Each section of nutshim.conf with its role and the files that it names. No more is read:
-    whether the rest is right, `nutshim.py -t` knows."""
-    with blame(conf), open(conf, encoding="utf-8", errors="replace") as file:
-        lines = [re.split(r"(?:^|\s)[#;]", line)[0].strip() for line in file]
-    sections: List[Tuple[str, Dict[str, str]]] = []
-    for line in lines:
-        name, equals, value = line.partition("=")
-        if line.startswith("["):
-            sections.append((line.strip("[]"), {}))
-        elif equals and sections:
-            sections[-1][1][name.strip()] = value.strip()
-    found = []
-    for title, values in sections:
-        paths = []
-        for option in ("certificate", "key", "trust", "crl"):
-            for word in values.get(option, "").split(","):
-                path = os.path.join(os.path.dirname(conf), word.strip())
-                if os.path.isdir(path) and word.strip():
-                    paths += sorted(entry.path for entry in os.scandir(path) if entry.is_file())
-                elif word.strip() not in ("", "system"):
-                    paths.append(path)
-        if paths:
-            found.append((title, values.get("role", ""), list(dict.fromkeys(paths))))
+def read_conf(path: str) -> List[Tuple[str, str, List[str]]]:
+    """Each shim of nutshim.conf with its role and the files that it names. Whether the rest is
+    right, `nutshim.py -t` knows."""
+    try:
+        conf, _ = reader().read_config(path)
+    except reader().ConfigError as error:
+        raise Fault(str(error))
+    found = [(shim.name, shim.role, [file for file in shim.files() if not os.path.isdir(file)])
+             for shim in conf.shims if shim.files()]
     if not found:
-        raise Fault("%s: names no certificate, key, trust or crl" % conf)
+        raise Fault("%s: names no certificate, key, trust or crl in a shim's section" % path)
     return found
 
 

@@ -1026,16 +1026,13 @@ _TEXTS = dict.fromkeys((0x12, 0x13, 0x14, 0x16), ("latin-1", b""))
 _TEXTS[0x0c], _TEXTS[0x1c] = ("utf-8", b""), ("utf-32", b"\0\0\xfe\xff")
 _TEXTS[0x1e] = ("utf-16", b"\xfe\xff")
 _TEXT_NAMES = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
-_number_form = re.compile(rb"(?!\0[\0-\x7f]|\xff[\x80-\xff]).+", re.DOTALL).fullmatch
-_oid_form = re.compile(rb"(?:(?!\x80)[\x80-\xff]*[\0-\x7f])+").fullmatch
-# The forms that DER allows for what a tag says (X.690 8, 11.1).
-_FORMS = {0x01: ("a truth value", re.compile(rb"\0|\xff").fullmatch),
-          0x02: ("a number", _number_form), 0x0a: ("a number", _number_form),
-          0x03: ("a bit string", re.compile(rb"\0.*|[\1-\7].+", re.DOTALL).fullmatch),
-          0x05: ("a null", re.compile(rb"").fullmatch),
-          0x06: ("an object identifier", _oid_form),
-          0x1c: ("a text", re.compile(rb"(?:.{4})*", re.DOTALL).fullmatch),
-          0x1e: ("a text", re.compile(rb"(?:.{2})*", re.DOTALL).fullmatch)}
+_NUMBER = rb"(?!\0[\0-\x7f]|\xff[\x80-\xff]).+"
+# The one form that DER has for a value, by its tag (X.690 8, 11.1).
+_FORMS = {tag: (what, re.compile(form, re.DOTALL).fullmatch) for tag, what, form in (
+    (0x01, "a truth value", rb"\0|\xff"), (0x02, "a number", _NUMBER), (0x0a, "a number", _NUMBER),
+    (0x03, "a bit string", rb"\0.*|[\1-\7].+"), (0x05, "a null", rb""),
+    (0x06, "an object identifier", rb"(?:(?!\x80)[\x80-\xff]*[\0-\x7f])+"),
+    (0x1c, "a text", rb"(?:.{4})*"), (0x1e, "a text", rb"(?:.{2})*"))}
 
 
 def der_items(data: bytes) -> list:
@@ -1086,8 +1083,10 @@ def _parts(content, tags, what):
     match = re.fullmatch(tags, bytes([item.tag for item in items]))
     if not match:
         raise ValueError(f"{what} is not as expected")
-    groups = range(1, match.re.groups + 1)
-    return [items[at] if at >= 0 else None for at in map(match.start, groups)] if groups else items
+    if not match.re.groups:
+        return items
+    places = map(match.start, range(1, match.re.groups + 1))
+    return [items[at] if at >= 0 else None for at in places]
 
 
 def _sequence(data, tags, what):
@@ -1103,14 +1102,14 @@ def _name(element):
         found.append([])
         for pair in _parts(relative.content, rb"\x30+", "a name"):
             oid, value = _parts(pair.content, rb"(?s)\x06.", "a name's field")
-            # What is no text stands under its number: no CN that is none is taken for one.
-            field, text = oid_text(oid.content), "#" + value.whole.hex()
             if value.tag in _TEXTS:
+                field = _FIELDS.get(oid.content) or oid_text(oid.content)
                 encoding, mark = _TEXTS[value.tag]
                 text = (mark + value.content).decode(encoding)
-                field = _FIELDS.get(oid.content, field)
                 if encoding == "utf-16" and len(text) < len(value.content) // 2:
                     raise ValueError("a pair of surrogates, which a BMPString cannot have")
+            else:                           # Under its number: no CN that is none is taken for one.
+                field, text = oid_text(oid.content), "#" + value.whole.hex()
             found[-1].append((field, text))
     return found
 
@@ -1136,7 +1135,7 @@ def oid_text(content: bytes) -> str:
 def _quoted(text, marks):
     """printable(), in quotes where one of the marks in it could be taken for the text's end."""
     text = printable(text)
-    if text == text.strip() and not any(mark in text for mark in marks + '"'):
+    if text == text.strip() and not re.search(f'[{marks}"]', text):
         return text
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
@@ -1184,7 +1183,7 @@ def _san_names(value):
         elif tag == 0xa5:                   # ediPartyName
             for text in _parts(content, rb"\xa0?\xa1", what):
                 _parts(text.content, rb"[\x0c\x13\x14\x1c\x1e]", what)
-        elif tag == 0x88 and not _oid_form(content):
+        elif tag == 0x88 and not _FORMS[0x06][1](content):
             raise ValueError(f"{what} is not as expected")
     return names
 
@@ -1337,10 +1336,11 @@ def pem_blocks(data: bytes) -> list:
 def _block(kind, start, lines):
     """A block of the lines between BEGIN and END; headers end with an empty line (RFC 1421 4.4)."""
     end = lines.index("") if lines and ":" in lines[0] and "" in lines else 0
-    body, text = lines[end:], "".join(lines[end:])
-    damaged = [number for number, line in enumerate(body, start + 1 + end) if not _base64(line)]
-    if damaged or not text or len(text) % 4 or "=" in text.rstrip("="):
-        raise ValueError(f"line {damaged[0] if damaged else start}: damaged base64 in this block: "
+    text = "".join(lines[end:])
+    if not text or len(text) % 4 or not _base64(text):
+        bad = [number for number, line in enumerate(lines, start + 1)
+               if number > start + end and not _base64(line)]
+        raise ValueError(f"line {(bad or [start])[0]}: damaged base64 in this block: "
                          "bring the whole file again")
     encrypted = "ENCRYPTED" in kind or any("ENCRYPTED" in line for line in lines[:end])
     return Block(kind, binascii.a2b_base64(text), start, encrypted)
@@ -1442,6 +1442,8 @@ class Credentials:
                                  "'openssl pkey -in FILE' writes it plain")
             self.context.load_cert_chain(conf.certificate, conf.key, "")
         except (OSError, ValueError) as error:
+            if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+                error = f"this key does not belong to the first certificate of {conf.certificate}"
             return self._fault(option, path, error)
         if os.stat(path).st_mode & stat.S_IROTH:
             self._warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; "
@@ -1467,10 +1469,10 @@ class Credentials:
                 lists.update((der, (each, path)) for der, each in here.items())
             except (OSError, ValueError) as error:
                 self._fault("crl", path, error)
-        count = context.cert_store_stats()["crl"]
-        if count != len(lists):
-            self._fault("crl", ", ".join(conf.crl),
-                        f"OpenSSL uses {count} of {len(lists)} revocation lists")
+        held = context.cert_store_stats()
+        if held["crl"] != len(lists) or held["x509"]:
+            self._fault("crl", ", ".join(conf.crl), f"OpenSSL finds {held['crl']} revocation lists "
+                        f"and {held['x509']} certificates, nutshim {len(lists)} and none")
         try:
             found = self._system() if conf.trust == "system" else self._trusted(lists)
         except (OSError, ValueError) as error:
@@ -1501,7 +1503,6 @@ class Credentials:
                         rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
                     continue                # Other files may stand beside: a README, keys.
                 certificates, others, _ = _contents(data)
-                _expect(certificates or others, "certificate")
                 if others.keys() - lists.keys():
                     cure = "move it into a file of its own and set crl = FILE"
                     raise ValueError("a revocation list, which counts only as crl: "
@@ -1559,11 +1560,10 @@ def _some(texts, most=3):
 _WEAK_KEY = "is too short for this OpenSSL's security level (RSA needs 2048 bits): make a new one"
 _WEAK_DIGEST = ("is signed with SHA-1 or another weak digest, which this OpenSSL's security level "
                 "does not allow: make it anew")
-_REASONS = {                                # OpenSSL's (sslerr.h, x509err.h).
+_REASONS = {                                # OpenSSL's (sslerr.h).
     "EE_KEY_TOO_SMALL": "its key " + _WEAK_KEY,
     "CA_KEY_TOO_SMALL": "the key of a CA in it " + _WEAK_KEY,
     "CA_MD_TOO_WEAK": "a certificate in it " + _WEAK_DIGEST,
-    "KEY_VALUES_MISMATCH": "this key does not belong to the own certificate, which comes first",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no client certificate"}
 
 
