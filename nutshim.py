@@ -222,17 +222,11 @@ def _address(local):
                 or not lowest <= int(port or 401) <= 65535):
             raise ValueError("expected HOST[:PORT], an IPv6 address in brackets, "
                              f"a port up to 65535, not '{text}'")
-        return _unmapped(host), int(port) if port else None
+        packed = socket.inet_pton(family, host.partition("%")[0]) if scoped else b""
+        if packed[:12] == bytes(10) + b"\xff\xff":       # ::ffff:192.0.2.1 (RFC 4291 2.5.5.2)
+            host = socket.inet_ntop(socket.AF_INET, packed[12:])
+        return host, int(port) if port else None
     return parse
-
-
-def _unmapped(host):
-    """An IPv4 address in its IPv6 form, as ::ffff:192.0.2.1, in its own (RFC 4291 2.5.5.2)."""
-    if numeric_family(host) == socket.AF_INET6:
-        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
-        if packed[:12] == bytes(10) + b"\xff\xff":
-            return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return host
 
 
 def _server_name(text, _base):
@@ -298,15 +292,13 @@ GLOBAL, SHIM, SERVER, CLIENT = "global", "shim", "server", "client"
 # parse is a parser or, for a list separated by commas, [the parser of an entry].
 Option = collections.namedtuple("Option", "name where default parse help")
 OPTIONS = [Option(*row) for row in (
-    ("user", GLOBAL, None, lambda text, _base: text,
-     "user to run as once the ports are open; default nut, if started as root"),
+    ("user", GLOBAL, None, lambda text, _base: text, "user to run as; nut if started as root"),
     ("chroot", GLOBAL, None, _path(), "folder to confine the daemon to, before it becomes user"),
     ("pidfile", GLOBAL, ("/run" if os.path.isdir("/run") else "/var/run") + "/nutshim.pid", _path(),
      "file with the process id; the status socket lies beside it"),
     ("log", GLOBAL, "syslog", _path("syslog", "stderr"), "syslog, stderr or a file"),
     ("handshake_threads", GLOBAL, "2", _number(1, 64), "threads that do TLS handshakes"),
-    ("max_sessions", GLOBAL, "512", _number(1, 1000000),
-     "sessions over all shims; the descriptor limit is raised for it"),
+    ("max_sessions", GLOBAL, "512", _number(1, 1000000), "sessions over all shims"),
     ("role", SHIM, None, _choice(SERVER, CLIENT),
      "server (in front of upsd) or client (in front of upsmon, upsc, ...)"),
     ("listen", SHIM, {SERVER: "*:401", CLIENT: "localhost:3493"}, [_address("*")],
@@ -319,8 +311,7 @@ OPTIONS = [Option(*row) for row in (
      "PEM file or folder of CA or self-signed certificates, or system"),
     ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"),
      "full (chain and name), chain, pin (the key alone) or none"),
-    ("server_name", CLIENT, None, _server_name,
-     "what the certificate must carry; default: upstream's host"),
+    ("server_name", CLIENT, None, _server_name, "the certificate's name; default upstream's host"),
     ("pin", SHIM, None, [_pin], "sha256//BASE64 list of public keys; the peer has one of them"),
     ("crl", SHIM, None, [_path()], "PEM revocation list(s)"),
     ("client_certificate", SERVER, "none", _choice("none", "request", "require"),
@@ -1101,7 +1092,9 @@ def _name(element):
     for relative in _parts(element.content, rb"\x31*", "a name"):
         found.append([])
         for pair in _parts(relative.content, rb"\x30+", "a name"):
-            oid, value = _parts(pair.content, rb"(?s)\x06.", "a name's field")
+            # OpenSSL takes texts, bit strings and sequences; else it has no SAN around such a name.
+            oid, value = _parts(pair.content, rb"\x06[\3\x0c\x12-\x14\x16\x1c\x1e\x30]",
+                                "a name's field")
             if value.tag in _TEXTS:
                 field = _FIELDS.get(oid.content) or oid_text(oid.content)
                 encoding, mark = _TEXTS[value.tag]
@@ -1278,8 +1271,6 @@ def normal_name(name: str) -> str:
 Block = collections.namedtuple("Block", "kind der line encrypted")
 Block.__doc__ = "A PEM block: CERTIFICATE or the like, bytes, BEGIN's line, a locked key or not."
 
-CERTIFICATES = ("CERTIFICATE", "X509 CERTIFICATE")      # The second is OpenSSL's older word.
-REVOCATION_LIST = "X509 CRL"
 _BLANKS = "".join(map(chr, range(33)))                  # What OpenSSL takes off a line's end.
 _marker = re.compile(r"-----(BEGIN|END) ([!-,.-~]+(?:[ -][!-,.-~]+)*)-----").fullmatch
 _like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
@@ -1343,6 +1334,7 @@ def _block(kind, start, lines):
         raise ValueError(f"line {(bad or [start])[0]}: damaged base64 in this block: "
                          "bring the whole file again")
     encrypted = "ENCRYPTED" in kind or any("ENCRYPTED" in line for line in lines[:end])
+    kind = "CERTIFICATE" if kind == "X509 CERTIFICATE" else kind    # OpenSSL's older word.
     return Block(kind, binascii.a2b_base64(text), start, encrypted)
 
 
@@ -1351,9 +1343,9 @@ def _contents(data):
     certificates, lists, keys = {}, {}, []
     for block in pem_blocks(data):
         try:
-            if block.kind in CERTIFICATES:
+            if block.kind == "CERTIFICATE":
                 certificates[block.der] = read_certificate(block.der)
-            elif block.kind == REVOCATION_LIST:
+            elif block.kind == "X509 CRL":
                 lists[block.der] = read_crl(block.der)
             elif block.kind.endswith("PRIVATE KEY"):
                 keys.append(block)
@@ -1643,7 +1635,8 @@ def name_words(names: list, name: str) -> str:
     words = "is for " + names_text(alternatives)
     if wanted in names or not address and "DNS:*." + wanted.partition(".")[2] in names:
         return words
-    return f"{words}, not for {name}: set server_name to one of these, or make one with {name}"
+    return (f"{words}, not for {name}: set server_name to one of these, "
+            f"or make a certificate with {name}")
 
 
 def tls_error(error, name=None) -> str:
@@ -1665,7 +1658,7 @@ def tls_error(error, name=None) -> str:
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return "the peer closed during the handshake"
     text = getattr(error, "strerror", None) or str(error)
-    return plain or re.sub(r"^\[[^]]*\] *| *\(_ssl\.c:\d+\)$", "", text)
+    return plain or re.sub(r"^\[[^]]*\] +| *\(_ssl\.c:\d+\)$", "", text)
 
 
 def days_text(not_after, not_before=0) -> str:
