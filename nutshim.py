@@ -1019,7 +1019,7 @@ _TEXTS[0x1e] = ("utf-16", b"\xfe\xff")
 _TEXT_NAMES = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
 _NUMBER = rb"(?!\0[\0-\x7f]|\xff[\x80-\xff]).+"
 # The one form that DER has for a value, by its tag (X.690 8, 11.1).
-_FORMS = {tag: (what, re.compile(form, re.DOTALL).fullmatch) for tag, what, form in (
+_DER_FORMS = {tag: (what, re.compile(form, re.DOTALL).fullmatch) for tag, what, form in (
     (0x01, "a truth value", rb"\0|\xff"), (0x02, "a number", _NUMBER), (0x0a, "a number", _NUMBER),
     (0x03, "a bit string", rb"\0.*|[\1-\7].+"), (0x05, "a null", rb""),
     (0x06, "an object identifier", rb"(?:(?!\x80)[\x80-\xff]*[\0-\x7f])+"),
@@ -1064,8 +1064,8 @@ def _check_der(items, depth=0):
             raise ValueError(f"an element with the tag {tag:#04x}")
         if constructed:
             _check_der(der_items(content), depth + 1)
-        elif tag in _FORMS and not _FORMS[tag][1](content):
-            raise ValueError(f"{_FORMS[tag][0]} of another form than DER's")
+        elif tag in _DER_FORMS and not _DER_FORMS[tag][1](content):
+            raise ValueError(f"{_DER_FORMS[tag][0]} of another form than DER's")
 
 
 def _parts(content, tags, what):
@@ -1176,7 +1176,7 @@ def _san_names(value):
         elif tag == 0xa5:                   # ediPartyName
             for text in _parts(content, rb"\xa0?\xa1", what):
                 _parts(text.content, rb"[\x0c\x13\x14\x1c\x1e]", what)
-        elif tag == 0x88 and not _FORMS[0x06][1](content):
+        elif tag == 0x88 and not _DER_FORMS[0x06][1](content):
             raise ValueError(f"{what} is not as expected")
     return names
 
