@@ -477,14 +477,10 @@ def read_pem(path: str) -> Pem:
         if block.encrypted:
             raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it "
                         "off: openssl pkey -in %s -out NEWFILE" % (path, path))
-        if block.kind == "TRUSTED CERTIFICATE":
-            raise Fault("%s: a TRUSTED CERTIFICATE, which nutshim.py does not take; write a plain "
-                        "one: openssl x509 -in %s -out NEWFILE" % (path, path))
-        kind = block.kind if block.kind not in reader().CERTIFICATES else reader().CERTIFICATES[0]
-        place = {"CERTIFICATE": pem.certs, reader().REVOCATION_LIST: pem.crls}.get(
-            kind, pem.keys if kind.endswith("PRIVATE KEY") else [])
+        place = {"CERTIFICATE": pem.certs, "X509 CRL": pem.crls}.get(
+            block.kind, pem.keys if block.kind.endswith("PRIVATE KEY") else [])
         lines = b"\n".join(re.findall(b".{1,64}", base64.b64encode(block.der)))
-        title = kind.encode()
+        title = block.kind.encode()
         place.append(b"-----BEGIN %s-----\n%s\n-----END %s-----\n" % (title, lines, title))
     if not any(pem[1:]):
         raise Fault("%s: no whole PEM file; expected -----BEGIN CERTIFICATE----- (or a key, or an "
@@ -562,15 +558,6 @@ def signed_fields(pem: bytes) -> List[Tuple[int, bytes, bytes]]:
     """The fields of what is signed in a certificate or CRL, as der_items() has them."""
     items = reader().der_items
     return items(items(items(der(pem))[0][1])[0][1])
-
-
-def end_of(cert: bytes) -> datetime.datetime:
-    return describe(cert).end
-
-
-def subject_fields(cert: bytes) -> Dict[str, str]:
-    """A subject's fields, checked as if they had been typed."""
-    return {field: dn_text(text) for field, text in describe(cert).fields}
 
 
 def key_name(public: bytes) -> str:
@@ -930,7 +917,7 @@ class CA:
               end: datetime.datetime) -> Tuple[bytes, datetime.datetime, List[Output]]:
         """A certificate, its end, which is the CA's if that comes first, and the CA's record of
         it, which is to be written before any file with the certificate."""
-        ca_end = end_of(self.cert)
+        ca_end = describe(self.cert).end
         if start >= ca_end:
             raise Fault("%s: the CA ends on %s; make another one, in another folder: mkNUTcert.py ca -d DIR"
                         % (self.path("ca.pem"), ca_end))
@@ -1121,7 +1108,7 @@ def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
         cert = ca.issued(opts.file).certs[0]
         serial = serial_of(cert)
         # Once more is no error, and makes a new list.
-        line = ca.index.get(serial) or index_line(serial, end_of(cert), {})
+        line = ca.index.get(serial) or index_line(serial, describe(cert).end, {})
         ca.publish({**ca.index, serial: as_revoked(line)})
     print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\nNext, where it could be shown, in "
           "nutshim.conf:\n  crl = %s\n(on the upsd box for a client's certificate, on the clients' for a server's) "
@@ -1152,7 +1139,8 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
             kind = opts.key_type or {"EC": "ec", "Ed25519": "ed25519"}.get(old.key.split()[0]) \
                 or key_type(old.key.lower().replace(" ", ":"))
             names = [host_name(name.partition(":")[2]) for name in old.names or [""]]
-            subject = subject_fields(old.pem)
+            # Checked as if they had been typed.
+            subject = {field: dn_text(text) for field, text in old.fields}
         except argparse.ArgumentTypeError as error:
             raise Fault("%s: its names or its key's type cannot be used again: %s"
                         % (opts.file, error))
@@ -1239,7 +1227,7 @@ def show_file(ossl: OpenSSL, pem: Pem) -> None:
     for crl in pem.crls:
         found = read_list(crl)
         print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n    until:   %s" % (
-            found.issuer, moment(found.this_update), until(moment(found.next_update))))
+            found.issuer, moment(found.not_before), until(moment(found.not_after))))
 
 
 def until(end: datetime.datetime) -> str:
@@ -1274,32 +1262,17 @@ def check(ossl: OpenSSL, opts: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def read_conf(conf: str) -> List[Tuple[str, str, List[str]]]:
-    """Each section of nutshim.conf with its role and the files that it names. No more is read:
-    whether the rest is right, `nutshim.py -t` knows."""
-    with blame(conf), open(conf, encoding="utf-8", errors="replace") as file:
-        lines = [re.split(r"(?:^|\s)[#;]", line)[0].strip() for line in file]
-    sections: List[Tuple[str, Dict[str, str]]] = []
-    for line in lines:
-        name, equals, value = line.partition("=")
-        if line.startswith("["):
-            sections.append((line.strip("[]"), {}))
-        elif equals and sections:
-            sections[-1][1][name.strip()] = value.strip()
-    found = []
-    for title, values in sections:
-        paths = []
-        for option in ("certificate", "key", "trust", "crl"):
-            for word in values.get(option, "").split(","):
-                path = os.path.join(os.path.dirname(conf), word.strip())
-                if os.path.isdir(path) and word.strip():
-                    paths += sorted(entry.path for entry in os.scandir(path) if entry.is_file())
-                elif word.strip() not in ("", "system"):
-                    paths.append(path)
-        if paths:
-            found.append((title, values.get("role", ""), list(dict.fromkeys(paths))))
+def read_conf(path: str) -> List[Tuple[str, str, List[str]]]:
+    """Each shim of nutshim.conf with its role and the files that it names. Whether the rest is
+    right, `nutshim.py -t` knows."""
+    try:
+        conf, _ = reader().read_config(path)
+    except reader().ConfigError as error:
+        raise Fault(str(error))
+    found = [(shim.name, shim.role, [file for file in shim.files() if not os.path.isdir(file)])
+             for shim in conf.shims if shim.files()]
     if not found:
-        raise Fault("%s: names no certificate, key, trust or crl" % conf)
+        raise Fault("%s: names no certificate, key, trust or crl in a shim's section" % path)
     return found
 
 
@@ -1425,7 +1398,7 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
 def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
     try:
         found = read_list(crl)
-        start, end = moment(found.this_update), moment(found.next_update)
+        start, end = moment(found.not_before), moment(found.not_after)
     except Fault as fault:
         what, _, cure = str(fault).partition("; ")
         yield what, cure

@@ -209,11 +209,8 @@ def _path(*words):
     return lambda text, base: text if text in words else os.path.join(base, text)
 
 
-def _text(text, _base):
-    return text
-
-
 _ASCII = "expected ASCII without blanks, an international name in its xn-- form"
+_host_name = re.compile(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*", re.ASCII).fullmatch
 
 
 def _address(local):
@@ -222,49 +219,41 @@ def _address(local):
     local is the host that goes with a port alone: * where nutshim listens, localhost elsewhere.
     """
     def parse(text, _base):
-        if re.match(":?[0-9]{1,5}$", text) and int(text.lstrip(":")) <= 65535:
-            raise ValueError(f"'{text}' is a port; did you mean {local}:{text.lstrip(':')}?")
+        alone = re.match(":?([0-9]{1,5})$", text)
+        if alone and int(alone[1]) <= 65535:
+            raise ValueError(f"'{text}' is a port; did you mean {local}:{alone[1]}?")
         if "@" in text:
             raise ValueError("a UPS's name belongs in upsmon.conf's MONITOR line, not here: "
                              f"expected HOST[:PORT], not '{text}'")
         if re.search("[^!-~]", text):
             raise ValueError(f"{_ASCII}, not '{text}'")
-        has_port = re.match(r"(\[.*\]|[^:]*):[0-9]{1,5}$", text)
-        host, _, port = text.rpartition(":") if has_port else (text, "", "")
-        numbers = re.match(r"([0-9]+|0x[0-9a-f]*)(\.([0-9]+|0x[0-9a-f]*))*\.?$", host, re.I)
-        if host.endswith(".") and not numbers:          # The root's dot, which no certificate has.
-            host = host[:-1]
-        if ":" in host:
-            host = host[1:-1] if host[0] + host[-1] == "[]" else host
-            good = numeric_family(host) == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
-            if good and re.match("fe[89ab]", host, re.I) and "%" not in host:
-                raise ValueError(f"a link-local address needs its interface: {host}%INTERFACE")
-        elif numbers and not numeric_family(host):      # inet_aton() takes 401 for 0.0.1.145.
+        host, port = re.match(r"(\[.*\]|[^:]*|.*)(?::([0-9]{1,5}))?$", text).groups()
+        host = re.sub(r"^\[(.*:.*)\]$", r"\1", host)
+        family = numeric_family(host)
+        if family == socket.AF_INET6 and re.match("fe[89ab][^%]*$", host, re.I):
+            raise ValueError(f"a link-local address needs its interface: {host}%INTERFACE")
+        # inet_aton() takes 401 for 0.0.1.145.
+        if not family and re.match(r"(([0-9]+|0x[0-9a-f]*)(\.|$))+$", host, re.I):
             raise ValueError(f"'{host}' is no IPv4 address: expected four numbers from 0 to 255")
-        else:
-            good = re.match(r"([\w-]{1,63}\.)*[\w-]{1,63}$", host) or host == local
+        if not family:
+            host = re.sub(r"\.$", "", host)
+        scoped = family == socket.AF_INET6 and re.match(r"[^%]+(%[\w.-]+)?$", host)
         lowest = 0 if local == "*" else 1
-        if not good or not lowest <= int(port or 401) <= 65535:
+        if (not (_host_name(host) or scoped or host == local)
+                or not lowest <= int(port or 401) <= 65535):
             raise ValueError("expected HOST[:PORT], an IPv6 address in brackets, "
                              f"a port up to 65535, not '{text}'")
-        return _unmapped(host), int(port) if port else None
+        packed = socket.inet_pton(family, host.partition("%")[0]) if scoped else b""
+        if packed[:12] == bytes(10) + b"\xff\xff":       # ::ffff:192.0.2.1 (RFC 4291 2.5.5.2)
+            host = socket.inet_ntop(socket.AF_INET, packed[12:])
+        return host, int(port) if port else None
     return parse
-
-
-def _unmapped(host):
-    """An IPv4 address in its IPv6 form, as ::ffff:192.0.2.1, in its own (RFC 4291 2.5.5.2)."""
-    if numeric_family(host) == socket.AF_INET6:
-        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
-        if packed[:12] == bytes(10) + b"\xff\xff":
-            return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return host
 
 
 def _server_name(text, _base):
     """A host name or address, as certificates have it: without the root's dot at its end."""
-    name = text[:-1] if text.endswith(".") else text
-    host = re.match(r"(?!-)[\w-]{1,63}(?:\.[\w-]{1,63})*\Z", name, re.ASCII)
-    if not host and (not numeric_family(name) or "%" in name):
+    name = re.sub(r"\.$", "", text)
+    if not _host_name(name) and (not numeric_family(name) or "%" in name):
         raise ValueError("expected one host name or address, in ASCII (an international name in "
                          f"its xn-- form), without port or brackets, not '{text}'")
     return name
@@ -273,13 +262,17 @@ def _server_name(text, _base):
 def _pin(text, _base):
     try:
         digest = binascii.a2b_base64(text[8:])
-        # Pins are compared as text, so each has only one form.
-        if len(digest) == 32 and text[:8] == "sha256//":
-            if text[8:] == binascii.b2a_base64(digest, newline=False).decode():
-                return text
     except ValueError:
-        pass
-    raise ValueError(f"expected sha256//BASE64 as 'nutshim.py -t' prints it, not '{text}'")
+        digest = b""
+    # Pins are compared as text, so each has only one form.
+    if len(digest) != 32 or text != pin_text(digest):
+        raise ValueError(f"expected sha256//BASE64 as 'nutshim.py -t' prints it, not '{text}'")
+    return text
+
+
+def pin_text(digest: bytes) -> str:
+    """A public key's SHA-256 as curl writes it."""
+    return "sha256//" + binascii.b2a_base64(digest, newline=False).decode()
 
 
 def _network(text, _base):
@@ -304,34 +297,29 @@ def _permit(text, base):
         raise ValueError(f"expected IDENTITY: {', '.join(CLASSES)}, not '{text}'")
     if identity.startswith("sha256//"):
         return _pin(identity, base), access
-    if identity == "*":
-        return identity, access
-    match = re.match(r"(CN=|DNS:|IP:|URI:|email:)(\S.*)", identity)
+    match = re.match(r"\*$|(CN=|DNS:|IP:|URI:|email:)(\S.*)", identity)
     if not match:
         raise ValueError(f"expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '{identity}'")
     kind, value = match.groups()
     if kind == "IP:" and ("%" in value or not numeric_family(value)):
         raise ValueError(f"expected an address behind IP:, not '{identity}'")
-    if kind != "CN=" and re.search("[^!-~]", value):
+    if kind not in (None, "CN=") and re.search("[^!-~]", value):
         raise ValueError(f"{_ASCII}, not '{identity}'")
     return normal_name(identity), access
 
 
 GLOBAL, SHIM, SERVER, CLIENT = "global", "shim", "server", "client"
 
-# parse is a parser, or for a list separated by commas [the parser of one entry].
 # parse is a parser or, for a list separated by commas, [the parser of an entry].
 Option = collections.namedtuple("Option", "name where default parse help")
 OPTIONS = [Option(*row) for row in (
-    ("user", GLOBAL, None, _text,
-     "user to run as once the ports are open; default nut, if started as root"),
+    ("user", GLOBAL, None, lambda text, _base: text, "user to run as; nut if started as root"),
     ("chroot", GLOBAL, None, _path(), "folder to confine the daemon to, before it becomes user"),
     ("pidfile", GLOBAL, ("/run" if os.path.isdir("/run") else "/var/run") + "/nutshim.pid", _path(),
      "file with the process id; the status socket lies beside it"),
     ("log", GLOBAL, "syslog", _path("syslog", "stderr"), "syslog, stderr or a file"),
     ("handshake_threads", GLOBAL, "2", _number(1, 64), "threads that do TLS handshakes"),
-    ("max_sessions", GLOBAL, "512", _number(1, 1000000),
-     "sessions over all shims; the descriptor limit is raised for it"),
+    ("max_sessions", GLOBAL, "512", _number(1, 1000000), "sessions over all shims"),
     ("role", SHIM, None, _choice(SERVER, CLIENT),
      "server (in front of upsd) or client (in front of upsmon, upsc, ...)"),
     ("listen", SHIM, {SERVER: "*:401", CLIENT: "localhost:3493"}, [_address("*")],
@@ -344,8 +332,7 @@ OPTIONS = [Option(*row) for row in (
      "PEM file or folder of CA or self-signed certificates, or system"),
     ("verify", CLIENT, "full", _choice("full", "chain", "pin", "none"),
      "full (chain and name), chain, pin (the key alone) or none"),
-    ("server_name", CLIENT, None, _server_name,
-     "what the certificate must carry; default: upstream's host"),
+    ("server_name", CLIENT, None, _server_name, "the certificate's name; default upstream's host"),
     ("pin", SHIM, None, [_pin], "sha256//BASE64 list of public keys; the peer has one of them"),
     ("crl", SHIM, None, [_path()], "PEM revocation list(s)"),
     ("client_certificate", SERVER, "none", _choice("none", "request", "require"),
@@ -455,46 +442,40 @@ def read_config(path: str) -> tuple:
     """nutshim.conf -> (global Conf with .shims, fault lines); a faulty option has its default."""
     path = os.path.abspath(path)
     faults = []
-    sections = [(None, 1, {})]          # (name, line, {option: (line, text or None if faulty)})
+    sections = [(Conf(name=None, path=path, line=1, lines={}), {})]     # {option: text or None}
     for number, line in enumerate(_read_lines(path), 1):
         # A comment begins a line or follows a blank; quotes keep what is in them.
-        line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match.group(1) or "", line)
+        line = re.sub(r'("[^"]*")|(?:^|[ \t])[#;].*', lambda match: match[1] or "", line)
         line = line.strip(" \t\r")
         if not line:
             continue
-        header = line[0] == "["
+        (conf, texts), header, fault = sections[-1], line[0] == "[", None
         name, _, text = (part.strip() for part in line.partition("="))
         if header:
             name = re.sub(r"[^\w.-]", "", line)
-        given = sections[-1][2]
-        odd, fault = _odd_character(line), None
-        if odd:
-            fault = odd
-        elif line.count('"') % 2:
+        if line.count('"') % 2:
             fault = f"expected a second quote (\"), not '{line}'"
         elif header and not re.match(r"\[[ \t]*[\w.-]+[ \t]*\]$", line):
             fault = f"expected [section], a name of letters, digits, '.', '_' and '-', not '{line}'"
-        elif header and any(name == section[0] for section in sections):
+        elif header and any(name == each.name for each, _ in sections):
             fault = f"a second section [{name}]: expected a name of its own for each shim"
         elif not header and not (name and text.strip('" \t')):
             fault = f"expected 'name = value' or '[section]', not '{line}'"
-        elif not header and name in given:
-            fault = f"{name}: already given in line {given[name][0]}"
+        elif not header and name in texts:
+            fault = f"{name}: already given in line {conf.lines[name]}"
+        fault = _odd_character(line) or fault
         if header:
-            sections.append((name, number, {}))
-        else:
-            given.setdefault(name, (number, None if fault else text))
+            sections.append((Conf(name=name, path=path, line=number, lines={}), {}))
+        elif name not in texts:
+            conf.lines[name], texts[name] = number, None if fault else text
         if fault:
             faults.append(f"{path}:{number}: {fault}")
-    conf = _read_section(path, sections[0], GLOBAL, faults)
-    conf.shims = []
-    for section in sections[1:]:
-        role = (section[2].get("role", (0, None))[1] or "").replace('"', "")
-        shim = _read_section(path, section, role if role in (SERVER, CLIENT) else None, faults)
-        if shim.role:
-            conf.shims.append(shim)
     if not sections[1:]:
         faults.append(f"{path}:1: expected a [section] for each shim, found none")
+    for conf, texts in sections:
+        _set_options(conf, texts, faults)
+    conf, *shims = [conf for conf, _ in sections]
+    conf.shims = [shim for shim in shims if shim.role]
     return conf, faults
 
 
@@ -515,72 +496,55 @@ def _read_lines(path):
 
 def _odd_character(line):
     """What is wrong with the first character that no line may have, or None."""
-    for c in line:
-        if "\udc80" <= c <= "\udcff":
-            return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is Latin-1, "
-                    "'iconv -f ISO-8859-1 -t UTF-8 FILE' converts it")
-        if c < " " and c != "\t" or "~" < c < "\xa0":
-            return f"a control character (U+{ord(c):04X}); expected plain text"
-        if not c.isprintable() and c != "\t":
-            return f"U+{ord(c):04X} looks like a blank, or like nothing; expected plain blanks"
-    return None
+    c = next((c for c in line if c != "\t" and not c.isprintable()), None)
+    if c is None:
+        return None
+    if "\udc80" <= c <= "\udcff":
+        return (f"byte {ord(c) - 0xdc00:#x} is not UTF-8; if this file is Latin-1, "
+                "'iconv -f ISO-8859-1 -t UTF-8 FILE' converts it")
+    if c < "\xa0":
+        return f"a control character (U+{ord(c):04X}); expected plain text"
+    return f"U+{ord(c):04X} looks like a blank, or like nothing; expected plain blanks"
 
 
-def _similar(word):
-    """The option that word is probably a misspelling of (Levenshtein's distance), or None."""
-    def distance(name):
-        row = list(range(len(name) + 1))
-        for i, c in enumerate(word.lower(), 1):
-            last, row[0] = row[0], i
-            for j, d in enumerate(name, 1):
-                last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (c != d))
-        return row[-1]
-    best = min((option.name for option in OPTIONS), key=distance)
-    return best if distance(best) <= min(2, (len(word) + 1) // 3) else None
+_BELONGS = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
+            SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
 
 
-def _read_section(path, section, role, faults):
-    """One section's options, each checked by itself and, with a role, against each other."""
-    name, line, given = section
+def _set_options(conf, texts, faults):
+    """A section's options, each checked by itself and, with a role, against each other."""
+    role = (texts.get("role") or "").replace('"', "")
+    role = GLOBAL if conf.name is None else role if role in (SERVER, CLIENT) else None
+    conf.role = role
     wanted = {GLOBAL: (GLOBAL,), None: (SHIM, SERVER, CLIENT)}.get(role, (SHIM, role))
-    conf = Conf(name=name, role=role, path=path, line=line,
-                lines={option: at for option, (at, _) in given.items()})
     places = {option.name: option.where for option in OPTIONS}
-    belongs = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
-               SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
     bad = set()                                 # Options that have their fault already.
-    for option, (_, text) in given.items():
-        where = places.get(option)
+    for option, text in texts.items():
         if text is None:
             bad.add(option)
-        elif not where:
-            near = _similar(option)
+        elif option not in places:
+            import difflib
+            near = difflib.get_close_matches(option.lower(), places, 1, 0.75)
             faults.append(conf.at(option) + "no such option; " + (
-                f"did you mean {near}?" if near else "'nutshim.py -h' lists them"))
-        elif where not in wanted:
-            faults.append(conf.at(option) + "belongs " + belongs[where])
+                f"did you mean {near[0]}?" if near else "'nutshim.py -h' lists them"))
+        elif places[option] not in wanted:
+            faults.append(conf.at(option) + "belongs " + _BELONGS[places[option]])
     for option in OPTIONS:
         if option.where not in wanted:
             continue
         default = option.default.get(role) if isinstance(option.default, dict) else option.default
         try:
-            value = _parse(option, given.get(option.name, (0, None))[1] or default, path)
+            value = _parse(option, texts.get(option.name) or default, conf.path)
         except ValueError as error:
             faults.append(conf.at(option.name) + str(error))
             bad.add(option.name)
-            value = _parse(option, default, path)
+            value = _parse(option, default, conf.path)
         port = DEFAULT_PORT.get((option.name, role))
         if port and value:
             value = [(host, port if number is None else number) for host, number in value]
         setattr(conf, option.name, value)
-    if role in (SERVER, CLIENT):
-        rules = _rules(conf, role == SERVER, bad)
-    else:
-        rules = [("role", role is None and "role" not in given,
-                  "required: server (in front of upsd) or client (in front of upsmon, upsc, ...)")]
-    faults += [conf.at(option) + text
-               for option, broken, text in rules if broken and option not in bad]
-    return conf
+    faults += [conf.at(option) + words for option, broken, words in _rules(conf, bad)
+               if broken and option not in bad]
 
 
 def _parse(option, text, path):
@@ -594,8 +558,12 @@ def _parse(option, text, path):
     return [option.parse[0](entry, base) for entry in "".join(parts).split("\n")]
 
 
-def _rules(conf, server, bad):
+def _rules(conf, bad):
     """What options ask of each other: (option, whether that is broken, what is wrong)."""
+    if conf.role not in (SERVER, CLIENT):
+        return [("role", conf.role is None,
+                 "required: server (in front of upsd) or client (in front of upsmon, upsc, ...)")]
+    server = conf.role == SERVER
     rules = [
         ("certificate", server and not conf.certificate, "required (PEM; mkNUTcert.py makes it)"),
         ("upstream", not conf.upstream, "required (the host of the server shim)"),
@@ -1092,8 +1060,8 @@ names are as permit has them (CN=, DNS:, IP:, URI:, email:); pin is that of spki
 DER; not_before and not_after are seconds since 1970; subject and issuer have one line each, fields
 are the subject's as [(CN and the like, text)]; extensions are {OID's content: value}."""
 
-RevocationList = collections.namedtuple("RevocationList", "issuer this_update next_update")
-RevocationList.__doc__ = "A CRL (RFC 5280 5.1); next_update is NO_EXPIRY where there is none."
+RevocationList = collections.namedtuple("RevocationList", "issuer not_before not_after")
+RevocationList.__doc__ = "A CRL (RFC 5280 5.1), its thisUpdate and its nextUpdate or NO_EXPIRY."
 
 Peer = collections.namedtuple("Peer", "version cipher names pin not_after")
 Peer.__doc__ = "What the checks, the log and the status know of the other end of a TLS session."
@@ -1104,18 +1072,25 @@ Loaded.__doc__ = "A certificate or revocation list in use: what it is, its file,
 Element = collections.namedtuple("Element", "tag content whole")
 Element.__doc__ = "A DER element (X.690 8.1)."
 
-_BOOLEAN, _INTEGER, _BITS, _OCTETS, _NULL, _OID = 0x01, 0x02, 0x03, 0x04, 0x05, 0x06
-_ENUMERATED, _SEQUENCE, _SET, _TIMES = 0x0a, 0x30, 0x31, (0x17, 0x18)  # UTCTime, GeneralizedTime
 _SAN, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
 _FIELDS = {b"\x55\x04" + bytes([number]): name for number, name in (
     (3, "CN"), (4, "SN"), (5, "serialNumber"), (6, "C"), (7, "L"), (8, "ST"), (9, "street"),
     (10, "O"), (11, "OU"), (12, "title"), (42, "GN"))}
 _FIELDS[bytes.fromhex("2a864886f70d010901")] = "emailAddress"
 _FIELDS[bytes.fromhex("0992268993f22c640119")] = "DC"
-# The types of text: UTF8String, and those that OpenSSL takes for Latin-1.
-_TEXTS = {0x0c: "utf-8", 0x12: "latin-1", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1"}
-_WIDE_TEXTS = {0x1c: 4, 0x1e: 2}            # UniversalString, BMPString: bytes a character
+# The types of text: their encodings, which Python has built in, and what tells it the byte order.
+# OpenSSL takes all but three for Latin-1.
+_TEXTS = dict.fromkeys((0x12, 0x13, 0x14, 0x16), ("latin-1", b""))
+_TEXTS[0x0c], _TEXTS[0x1c] = ("utf-8", b""), ("utf-32", b"\0\0\xfe\xff")
+_TEXTS[0x1e] = ("utf-16", b"\xfe\xff")
 _TEXT_NAMES = {0x81: "email:", 0x82: "DNS:", 0x86: "URI:"}
+_NUMBER = rb"(?!\0[\0-\x7f]|\xff[\x80-\xff]).+"
+# The one form that DER has for a value, by its tag (X.690 8, 11.1).
+_DER_FORMS = {tag: (what, re.compile(form, re.DOTALL).fullmatch) for tag, what, form in (
+    (0x01, "a truth value", rb"\0|\xff"), (0x02, "a number", _NUMBER), (0x0a, "a number", _NUMBER),
+    (0x03, "a bit string", rb"\0.*|[\1-\7].+"), (0x05, "a null", rb""),
+    (0x06, "an object identifier", rb"(?:(?!\x80)[\x80-\xff]*[\0-\x7f])+"),
+    (0x1c, "a text", rb"(?:.{4})*"), (0x1e, "a text", rb"(?:.{2})*"))}
 
 
 def der_items(data: bytes) -> list:
@@ -1147,119 +1122,56 @@ def der_items(data: bytes) -> list:
 
 
 def _check_der(items, depth=0):
-    """Each element, and each inside it, is in the one form of DER (X.690 8, 10.2, 11.1, 11.2)."""
+    """Each element, and each inside it, is in the one form of DER (X.690 8, 10.2, 11.1)."""
     if depth > MAX_DEPTH:
         raise ValueError("elements too deep inside each other")
     for tag, content, _ in items:
-        first, more = content[:1], content[1:]
         constructed = tag & 0x20 > 0
-        if tag < 0x40 and (tag == 0 or constructed != (tag in (_SEQUENCE, _SET))):
+        if tag < 0x40 and (tag == 0 or constructed != (tag in (0x30, 0x31))):
             raise ValueError(f"an element with the tag {tag:#04x}")
         if constructed:
             _check_der(der_items(content), depth + 1)
-        elif tag in (_INTEGER, _ENUMERATED):
-            if not content or more and first in b"\0\xff" and first[0] >> 7 == more[0] >> 7:
-                raise ValueError("a number that is not the shortest")
-        elif tag == _BITS:
-            unused = first[0] if content else 8
-            if unused > 7 or unused and (not more or more[-1] & (1 << unused) - 1):
-                raise ValueError("a bit string with a wrong end")
-        elif tag == _OID:
-            _check_oid(content)
-        elif tag == _BOOLEAN and content not in (b"\0", b"\xff") or tag == _NULL and content:
-            raise ValueError("a truth value or null of another form")
-        elif len(content) % _WIDE_TEXTS.get(tag, 1):
-            raise ValueError("a text of a wrong length")
+        elif tag in _DER_FORMS and not _DER_FORMS[tag][1](content):
+            raise ValueError(f"{_DER_FORMS[tag][0]} of another form than DER's")
 
 
-def _check_oid(content):
-    if not content or content[-1] & 0x80 or re.search(rb"(?:\A|[\x00-\x7f])\x80", content):
-        raise ValueError("an object identifier that is none")
+def _parts(content, tags, what):
+    """The Elements in content, whose tags must match a pattern: those of its groups, or all."""
+    items = der_items(content)
+    match = re.fullmatch(tags, bytes([item.tag for item in items]))
+    if not match:
+        raise ValueError(f"{what} is not as expected")
+    if not match.re.groups:
+        return items
+    places = map(match.start, range(1, match.re.groups + 1))
+    return [items[at] if at >= 0 else None for at in places]
 
 
-class _Sequence:
-    """The elements of a SEQUENCE, taken in order, each with a tag that its place allows."""
-
-    def __init__(self, content, what):
-        self._items, self._what = der_items(content), what
-
-    def maybe(self, *tags):
-        """The next Element if it has one of the tags, or if any will do, else None."""
-        if self._items and (not tags or self._items[0].tag in tags):
-            return self._items.pop(0)
-        return None
-
-    def take(self, *tags):
-        """The next Element, which must have one of the tags."""
-        found = self.maybe(*tags)
-        if not found:
-            raise ValueError(f"{self._what} is not as expected")
-        return found
-
-    def only(self, *tags):
-        """The last Element."""
-        found = self.take(*tags)
-        self.end()
-        return found
-
-    def end(self):
-        if self._items:
-            raise ValueError(f"{self._what} is not as expected")
+def _sequence(data, tags, what):
+    """The same for what is in the one SEQUENCE that data is."""
+    whole, = _parts(data, rb"\x30", what)
+    return _parts(whole.content, tags, what)
 
 
-def _signed(der, what):
-    """The fields of what is signed, and its algorithm's element (RFC 5280 4.1.1)."""
-    _check_der(der_items(der))
-    whole = _Sequence(_Sequence(der, what).only(_SEQUENCE).content, what)
-    body, algorithm, signature = whole.take(_SEQUENCE), whole.take(_SEQUENCE), whole.only(_BITS)
-    if signature.content[0]:
-        raise ValueError("the signature is not whole bytes")
-    return _Sequence(body.content, what), algorithm
-
-
-def _take_algorithm(fields, signed_by=None):
-    """An AlgorithmIdentifier; what is signed has the one outside (RFC 5280 4.1.1.2)."""
-    algorithm = fields.take(_SEQUENCE)
-    parts = _Sequence(algorithm.content, "an algorithm")
-    parts.take(_OID)
-    parts.maybe()
-    parts.end()
-    if signed_by and algorithm != signed_by:
-        raise ValueError("the signature's algorithm is not the one that is signed")
-
-
-def _take_name(fields):
+def _name(element):
     """A Name as [[(CN and the like, text), …], …] (RFC 5280 4.1.2.4)."""
     found = []
-    for relative in der_items(fields.take(_SEQUENCE).content):
-        pairs = der_items(relative.content)
-        if relative.tag != _SET or not pairs:
-            raise ValueError("a name is not as expected")
+    for relative in _parts(element.content, rb"\x31*", "a name"):
         found.append([])
-        for pair in pairs:
-            parts = _Sequence(pair.content if pair.tag == _SEQUENCE else b"", "a name's field")
-            oid, value = parts.take(_OID).content, parts.only()
-            text = _text_of(value)
-            if text is None:                # Under its number: no CN that is none is taken for one.
-                found[-1].append((oid_text(oid), "#" + value.whole.hex()))
-            else:
-                found[-1].append((_FIELDS.get(oid) or oid_text(oid), text))
+        for pair in _parts(relative.content, rb"\x30+", "a name"):
+            # OpenSSL takes texts, bit strings and sequences; else it has no SAN around such a name.
+            oid, value = _parts(pair.content, rb"\x06[\3\x0c\x12-\x14\x16\x1c\x1e\x30]",
+                                "a name's field")
+            if value.tag in _TEXTS:
+                field = _FIELDS.get(oid.content) or oid_text(oid.content)
+                encoding, mark = _TEXTS[value.tag]
+                text = (mark + value.content).decode(encoding)
+                if encoding == "utf-16" and len(text) < len(value.content) // 2:
+                    raise ValueError("a pair of surrogates, which a BMPString cannot have")
+            else:                           # Under its number: no CN that is none is taken for one.
+                field, text = oid_text(oid.content), "#" + value.whole.hex()
+            found[-1].append((field, text))
     return found
-
-
-def _text_of(value):
-    """A field's value as text; None, or ValueError where no name has that, if it is no text."""
-    if value.tag in _TEXTS:
-        return value.content.decode(_TEXTS[value.tag])
-    if value.tag in _WIDE_TEXTS:
-        size, data = _WIDE_TEXTS[value.tag], value.content
-        codes = [int.from_bytes(data[at:at + size], "big") for at in range(0, len(data), size)]
-        text = "".join(map(chr, codes))
-        text.encode("utf-8")                # No half of a pair.
-        return text
-    if value.tag not in (_BITS, _SEQUENCE):
-        raise ValueError("a name's field has a type that no text has")
-    return None
 
 
 def _name_text(name):
@@ -1283,7 +1195,7 @@ def oid_text(content: bytes) -> str:
 def _quoted(text, marks):
     """printable(), in quotes where one of the marks in it could be taken for the text's end."""
     text = printable(text)
-    if text == text.strip() and not any(mark in text for mark in marks + '"'):
+    if text == text.strip() and not re.search(f'[{marks}"]', text):
         return text
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
@@ -1293,56 +1205,45 @@ def names_text(names: list) -> str:
     return ", ".join(_quoted(name, ",") for name in names)
 
 
-def _take_time(fields):
+def _seconds(element):
     """UTCTime or GeneralizedTime in seconds since 1970 (RFC 5280 4.1.2.5)."""
-    tag, content, _ = fields.take(*_TIMES)
-    text = content.decode("ascii")
-    if tag == _TIMES[0]:
+    text = element.content.decode("ascii")
+    if element.tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
-    if len(text) != 15 or not re.match("[0-9]{14}Z", text):
-        raise ValueError("a date of another form")
-    month, day, hour, minute, second = (int(text[at:at + 2]) for at in range(4, 14, 2))
-    year = int(text[:4])
+    match = re.match(r"(\d{4})(\d\d)(\d\d)([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z$", text, re.ASCII)
+    year, month, day, hour, minute, second = map(int, match.groups() if match else bytes(6))
     leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-    lengths = (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-    if not (year and 0 < month < 13 and 0 < day <= lengths[month - 1]
-            and hour < 24 and minute < 60 and second < 60):
+    lengths = (0, 31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    if not (year and 0 < month < 13 and 0 < day <= lengths[month]):
         raise ValueError("a date that is none")
     # No datetime, which costs memory, and no time_t, which ends in 2038 on small boxes.
     before = year - 1
-    days = 365 * before + before // 4 - before // 100 + before // 400 + sum(lengths[:month - 1])
-    days += day - 719163                    # 1970-01-01
-    return 86400 * days + 3600 * hour + 60 * minute + second
+    days = 365 * before + before // 4 - before // 100 + before // 400 + sum(lengths[:month]) + day
+    return 86400 * (days - 719163) + 3600 * hour + 60 * minute + second
 
 
 def _san_names(value):
     """subjectAltName's names, as far as permit has a word for them (RFC 5280 4.2.1.6)."""
     what, names = "the subjectAltName", []
-    for tag, content, _ in der_items(_Sequence(value, what).only(_SEQUENCE).content):
+    for item in _sequence(value, rb"[\x81\x82\x86\x87\x88\xa0\xa3-\xa5]*", what):
+        tag, content, _ = item
         if tag in _TEXT_NAMES:
             # What is not ASCII is spelt out: no such name equals one that an administrator wrote.
             text = content.decode("ascii", "backslashreplace")
             names.append(normal_name(_TEXT_NAMES[tag] + text))
-        elif tag == 0x87:
-            if len(content) in (4, 16):
-                family = socket.AF_INET if len(content) == 4 else socket.AF_INET6
-                names.append("IP:" + socket.inet_ntop(family, content))
+        elif tag == 0x87 and len(content) in (4, 16):
+            family = socket.AF_INET if len(content) == 4 else socket.AF_INET6
+            names.append("IP:" + socket.inet_ntop(family, content))
+        # Of the others the form counts: where it is wrong, OpenSSL has none of the names.
         elif tag == 0xa0:                   # otherName
-            parts = _Sequence(content, what)
-            parts.take(_OID)
-            _Sequence(parts.only(0xa0).content, what).only()
+            other, = _parts(content, rb"\x06(\xa0)", what)
+            _parts(other.content, rb"(?s).", what)
         elif tag == 0xa4:                   # directoryName
-            parts = _Sequence(content, what)
-            _take_name(parts)
-            parts.end()
+            _name(*_parts(content, rb"\x30", what))
         elif tag == 0xa5:                   # ediPartyName
-            parts = _Sequence(content, what)
-            for text in (parts.maybe(0xa0), parts.only(0xa1)):
-                if text:
-                    _Sequence(text.content, what).only(0x0c, 0x13, 0x14, *_WIDE_TEXTS)
-        elif tag == 0x88:                   # registeredID
-            _check_oid(content)
-        elif tag != 0xa3:                   # x400Address
+            for text in _parts(content, rb"\xa0?\xa1", what):
+                _parts(text.content, rb"[\x0c\x13\x14\x1c\x1e]", what)
+        elif tag == 0x88 and not _DER_FORMS[0x06][1](content):
             raise ValueError(f"{what} is not as expected")
     return names
 
@@ -1350,25 +1251,21 @@ def _san_names(value):
 def _extensions(content):
     """{OID's content: the extension's value} (RFC 5280 4.2)."""
     found = {}
-    for extension in der_items(_Sequence(content, "the extensions").only(_SEQUENCE).content):
-        fields = _Sequence(extension.content if extension.tag == _SEQUENCE else b"", "an extension")
-        oid = fields.take(_OID).content
-        fields.maybe(_BOOLEAN)              # critical
-        if oid in found:
+    for extension in _sequence(content, rb"\x30*", "the extensions"):
+        oid, value = _parts(extension.content, rb"(\x06)\x01?(\x04)", "an extension")
+        if oid.content in found:
             raise ValueError("an extension stands twice")
-        found[oid] = fields.only(_OCTETS).content
-        if oid in (_SAN, _BASIC_CONSTRAINTS):
-            _check_der(der_items(found[oid]))
+        found[oid.content] = value.content
+        if oid.content in (_SAN, _BASIC_CONSTRAINTS):
+            _check_der(der_items(value.content))
     return found
 
 
-def _is_ca(value):
-    what = "the basicConstraints extension"
-    fields = _Sequence(_Sequence(value, what).only(_SEQUENCE).content, what)
-    ca = fields.maybe(_BOOLEAN)
-    fields.maybe(_INTEGER)                  # pathLenConstraint
-    fields.end()
-    return ca is not None and ca.content == b"\xff"
+def _signed(der, tags):
+    """The fields of what is signed, by a pattern, and the algorithm beside it (RFC 5280 4.1.1)."""
+    _check_der(der_items(der))
+    body, algorithm = _sequence(der, rb"(\x30)(\x30)\x03", "it")
+    return _parts(body.content, tags, "it"), algorithm
 
 
 def read_certificate(der: bytes) -> Certificate:
@@ -1378,65 +1275,53 @@ def read_certificate(der: bytes) -> Certificate:
     key or name to OpenSSL and another one to pin or permit.
     """
     try:
-        fields, signed_by = _signed(der, "it")
-        version = fields.maybe(0xa0)
-        if version and version.content not in (b"\x02\x01\0", b"\x02\x01\1", b"\x02\x01\2"):
+        (version, signed_by, issuer, validity, subject, spki, last), algorithm = _signed(
+            der, rb"(\xa0)?\x02(\x30)(\x30)(\x30)(\x30)(\x30)\x81?\x82?(\xa3)?")
+        if version and version.content not in (b"\2\1\0", b"\2\1\1", b"\2\1\2"):
             raise ValueError("the version is not 1, 2 or 3")
-        fields.take(_INTEGER)               # serialNumber
-        _take_algorithm(fields, signed_by)
-        issuer = _take_name(fields)
-        validity = _Sequence(fields.take(_SEQUENCE).content, "the validity")
-        begin, end = _take_time(validity), _take_time(validity)
-        validity.end()
-        subject = _take_name(fields)
-        spki = fields.take(_SEQUENCE)
-        key = _Sequence(spki.content, "the public key")
-        _take_algorithm(key)
-        if key.only(_BITS).content[0]:
+        if signed_by != algorithm:
+            raise ValueError("the signature's algorithm is not the one that is signed")
+        begin, end = map(_seconds, _parts(validity.content, rb"[\x17\x18]{2}", "the validity"))
+        key, = _parts(spki.content, rb"\x30(\x03)", "the public key")
+        if key.content[0]:
             raise ValueError("the public key is not whole bytes")
-        fields.maybe(0x81)                  # issuerUniqueID
-        fields.maybe(0x82)                  # subjectUniqueID
-        last = fields.maybe(0xa3)
-        fields.end()
+        name = _name(subject)
+        fields = [field for pairs in name for field in pairs]
+        names = ["CN=" + text for field, text in fields if field == "CN"]
         extensions = _extensions(last.content) if last else {}
-        names = ["CN=" + text for pairs in subject for field, text in pairs if field == "CN"]
-        names += _san_names(extensions[_SAN]) if _SAN in extensions else []
-        digest = hashlib.sha256(spki.whole).digest()
+        if _SAN in extensions:
+            names += _san_names(extensions[_SAN])
+        is_ca = None
+        if _BASIC_CONSTRAINTS in extensions:
+            is_ca, = _sequence(extensions[_BASIC_CONSTRAINTS], rb"(\x01)?\x02?",
+                               "the basicConstraints extension")
         return Certificate(
             # With an escape in it a name matches no permit line.
-            names=list(map(printable, names)),
-            pin="sha256//" + binascii.b2a_base64(digest, newline=False).decode(),
-            not_before=begin, not_after=end, subject=_name_text(subject), issuer=_name_text(issuer),
-            fields=[(field, printable(text)) for pairs in subject for field, text in pairs],
-            is_ca=_BASIC_CONSTRAINTS in extensions and _is_ca(extensions[_BASIC_CONSTRAINTS]),
+            names=list(map(printable, names)), pin=pin_text(hashlib.sha256(spki.whole).digest()),
+            not_before=begin, not_after=end, subject=_name_text(name),
+            issuer=_name_text(_name(issuer)),
+            fields=[(field, printable(text)) for field, text in fields],
+            is_ca=is_ca is not None and is_ca.content == b"\xff",
             spki=spki.whole, extensions=extensions)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"a certificate that cannot be read ({_plain(error)})") from None
+    except ValueError as error:
+        raise _unreadable("certificate", error) from None
 
 
 def read_crl(der: bytes) -> RevocationList:
     """A revocation list's DER; ValueError for all that is not as RFC 5280 5.1 has it."""
     try:
-        fields, signed_by = _signed(der, "it")
-        fields.maybe(_INTEGER)              # version
-        _take_algorithm(fields, signed_by)
-        issuer = _name_text(_take_name(fields))
-        begin, end = _take_time(fields), NO_EXPIRY
-        later = fields.maybe(*_TIMES)
-        if later:
-            end = _take_time(_Sequence(later.whole, "it"))
-        fields.maybe(_SEQUENCE)             # revokedCertificates
-        fields.maybe(0xa0)                  # crlExtensions
-        fields.end()
-        return RevocationList(issuer, begin, end)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"a revocation list that cannot be read ({_plain(error)})") from None
+        (issuer, begin, end), _ = _signed(
+            der, rb"\x02?\x30(\x30)([\x17\x18])([\x17\x18])?\x30?\xa0?")
+        return RevocationList(_name_text(_name(issuer)), _seconds(begin),
+                              _seconds(end) if end else NO_EXPIRY)
+    except ValueError as error:
+        raise _unreadable("revocation list", error) from None
 
 
-def _plain(error):
-    """Python's own words about bytes that are no text tell an administrator nothing."""
-    no_text = isinstance(error, (UnicodeError, OverflowError)) or "chr()" in str(error)
-    return "a text of a wrong encoding" if no_text else error
+def _unreadable(what, error):
+    # Python's own words about bytes that are no text tell an administrator nothing.
+    why = "a text of a wrong encoding" if isinstance(error, UnicodeError) else error
+    return ValueError(f"a {what} that cannot be read ({why})")
 
 
 def normal_name(name: str) -> str:
@@ -1453,11 +1338,6 @@ def normal_name(name: str) -> str:
 Block = collections.namedtuple("Block", "kind der line encrypted")
 Block.__doc__ = "A PEM block: CERTIFICATE or the like, bytes, BEGIN's line, a locked key or not."
 
-CERTIFICATES = ("CERTIFICATE", "X509 CERTIFICATE")      # The second is OpenSSL's older word.
-REVOCATION_LIST = "X509 CRL"
-_KEYS, _LISTS, _TRUST = ("PRIVATE KEY",), (REVOCATION_LIST,), CERTIFICATES + (REVOCATION_LIST,)
-_KINDS = {CERTIFICATES: "certificate", _TRUST: "certificate", _KEYS: "private key",
-          _LISTS: "revocation list (X509 CRL)"}
 _BLANKS = "".join(map(chr, range(33)))                  # What OpenSSL takes off a line's end.
 _marker = re.compile(r"-----(BEGIN|END) ([!-,.-~]+(?:[ -][!-,.-~]+)*)-----").fullmatch
 _like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
@@ -1481,74 +1361,82 @@ def pem_blocks(data: bytes) -> list:
     that looks like such a line must be one. Text between the blocks, CRLF and a BOM do no harm.
     """
     blocks, kind, start, lines = [], "", 0, []
-    for number, line in enumerate(data.decode("latin-1").split("\n"), 1):
-        if number == 1 and line.startswith("\xef\xbb\xbf"):
-            line = line[3:]
+    text = re.sub("^\xef\xbb\xbf", "", data.decode("latin-1"))
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.rstrip(_BLANKS)
-        marker, like = _marker(line), _like_marker(line)
-        if not kind and not marker and (not like or line.lstrip().startswith("#")):
-            continue                        # Text, or what somebody has turned into a comment.
-        if kind and not marker and not like:
-            lines.append(line)
-        elif not marker:
-            raise ValueError(f"line {number}: {_marker_fault(line)}")
-        elif marker.group(1) == "BEGIN" and not kind:
-            kind, start, lines = marker.group(2), number, []
-        elif marker.groups() == ("END", kind):
+        marker = _marker(line)
+        if marker and marker[2] == "TRUSTED CERTIFICATE":
+            raise ValueError(
+                f"line {number}: a TRUSTED CERTIFICATE, which only the openssl command "
+                "understands; 'openssl x509 -in FILE -out NEWFILE' writes a plain one")
+        if marker and marker[1] == "BEGIN" and not kind:
+            kind, start, lines = marker[2], number, []
+        elif marker and marker.groups() == ("END", kind):
             blocks.append(_block(kind, start, lines))
             kind = ""
+        elif marker:
+            expected = (f"-----END {kind}-----, for the BEGIN in line {start}" if kind else
+                        "its BEGIN line before it")
+            raise ValueError(f"line {number}: {line}: expected {expected}")
+        elif _like_marker(line) and (kind or not line.lstrip().startswith("#")):
+            # The line is not shown: part of a key may be in it.
+            raise ValueError(
+                f"line {number}: a damaged BEGIN or END line (a dash lost, blanks before it, "
+                "a joined END and BEGIN line): expected one like -----BEGIN CERTIFICATE-----, "
+                "alone in its line")
         elif kind:
-            raise ValueError(f"line {number}: {printable(line)}: expected "
-                             f"-----END {printable(kind)}-----, for the BEGIN in line {start}")
-        else:
-            raise ValueError(f"line {number}: {printable(line)}: expected its BEGIN line before it")
+            lines.append(line)
     if kind:
         raise ValueError(f"line {start}: this BEGIN has no END line: bring the whole file again")
     return blocks
 
 
-def _marker_fault(line):
-    """What is wrong with a BEGIN or END line, which is not shown: part of a key may be in it."""
-    if re.search("END .*-----BEGIN", line):
-        return "a joined END and BEGIN line: expected a line for each"
-    if _marker(line.lstrip()):
-        return "blanks before BEGIN or END: expected all lines of a block without"
-    return ("a damaged BEGIN or END line: expected one like -----BEGIN CERTIFICATE-----, "
-            "alone in its line")
-
-
 def _block(kind, start, lines):
     """A block of the lines between BEGIN and END; headers end with an empty line (RFC 1421 4.4)."""
-    encrypted, body, before = kind == "ENCRYPTED PRIVATE KEY", lines, start
-    if lines and ":" in lines[0]:
-        end = lines.index("") if "" in lines else 0
-        encrypted = any("ENCRYPTED" in line for line in lines[:end])
-        body, before = lines[end:], start + end
-    for number, line in enumerate(body, before + 1):
-        if not _base64(line):
-            hint = "; take the blanks before it off" if _base64(line.strip()) else ""
-            raise ValueError(f"line {number}: damaged base64{hint}")
-    text = "".join(body)
+    end = lines.index("") if lines and ":" in lines[0] and "" in lines else 0
+    text = "".join(lines[end:])
+    if not text or len(text) % 4 or not _base64(text):
+        bad = [number for number, line in enumerate(lines, start + 1)
+               if number > start + end and not _base64(line)]
+        raise ValueError(f"line {(bad or [start])[0]}: damaged base64 in this block: "
+                         "bring the whole file again")
+    encrypted = "ENCRYPTED" in kind or any("ENCRYPTED" in line for line in lines[:end])
+    kind = "CERTIFICATE" if kind == "X509 CERTIFICATE" else kind    # OpenSSL's older word.
+    return Block(kind, binascii.a2b_base64(text), start, encrypted)
+
+
+def _contents(data):
+    """A PEM file's {DER: Certificate}, {DER: RevocationList} and Blocks of keys; ValueError."""
+    certificates, lists, keys = {}, {}, []
+    for block in pem_blocks(data):
+        try:
+            if block.kind == "CERTIFICATE":
+                certificates[block.der] = read_certificate(block.der)
+            elif block.kind == "X509 CRL":
+                lists[block.der] = read_crl(block.der)
+            elif block.kind.endswith("PRIVATE KEY"):
+                keys.append(block)
+            elif _is_certificate(block.der):
+                raise ValueError(f"a certificate under the heading {block.kind}: "
+                                 "expected CERTIFICATE")
+        except ValueError as error:
+            raise ValueError(f"line {block.line}: {error}") from None
+    if data[:2] == b"\x30\x82":
+        raise ValueError("expected PEM; this looks like DER: "
+                         "'openssl x509 -inform DER -in FILE -out NEWFILE' writes PEM")
+    return certificates, lists, keys
+
+
+def _is_certificate(der):
     try:
-        if not text or len(text) % 4 or "=" in text.rstrip("="):
-            raise ValueError
-        return Block(kind, binascii.a2b_base64(text), start, encrypted)
+        return bool(read_certificate(der))
     except ValueError:
-        raise ValueError(f"line {start}: damaged base64 in this block: "
-                         "bring the whole file again") from None
+        return False
 
 
-def _wanted(blocks, kinds, data):
-    """The blocks of these kinds, a key's with its algorithm before; ValueError if there is none."""
-    found = [block for block in blocks
-             if block.kind in kinds or kinds == _KEYS and block.kind.endswith(_KEYS)]
+def _expect(found, what):
     if not found:
-        hint = ""
-        if data[:2] == b"\x30\x82":
-            hint = ("; this looks like DER: "
-                    "'openssl x509 -inform DER -in FILE -out NEWFILE' writes PEM")
-        raise ValueError(f"expected PEM with a {_KINDS[kinds]}, found none{hint}")
-    return found
+        raise ValueError(f"expected PEM with a {what}, found none")
 
 
 class Credentials:
@@ -1559,14 +1447,14 @@ class Credentials:
     """
 
     def __init__(self, conf, faults, warnings):
-        self._conf, self._faults = conf, faults
+        self._conf, self._faults, self._warnings = conf, faults, warnings
         self.own, self.loaded = None, []
         server = conf.role == SERVER
         self.context = context = ssl.SSLContext(
             ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = (
-            ssl.TLSVersion.TLSv1_3 if conf.min_tls == "1.3" else ssl.TLSVersion.TLSv1_2)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
         if conf.min_tls == "1.2":
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
         if ssl.OPENSSL_VERSION_INFO >= (3,):
@@ -1583,140 +1471,112 @@ class Credentials:
             context.verify_mode = ssl.CERT_REQUIRED if checks else ssl.CERT_NONE
             if hasattr(context, "hostname_checks_common_name"):
                 context.hostname_checks_common_name = False
-        context.loaded, context.crl_issuers = self.loaded, None         # For note_failure().
+        context.loaded, context.crl_issuers = self.loaded, set()        # For note_failure().
         if conf.certificate:
-            self._load_own(warnings)
+            self._load_own()
         if checks and conf.trust:
-            self._load_trust(warnings)
+            self._load_trust()
 
     def _fault(self, option, path, error):
-        self._faults.append(f"{self._conf.at(option)}{path}: {openssl_words(error)}")
+        words = tls_error(error)
+        if isinstance(error, ssl.SSLError) and words not in _REASONS.values():
+            words = f"OpenSSL cannot use it ({words}): is it whole, and of a kind that it knows?"
+        self._faults.append(f"{self._conf.at(option)}{path}: {words}")
 
-    def _blocks(self, option, path, kinds, data=None):
-        """A file's Blocks; none, and a fault, where it is faulty or has none of these kinds."""
+    def _note(self, what, subject, dates):
+        self.loaded.append(Loaded(f"{what} ({subject or 'without a subject'})",
+                                  dates.not_before, dates.not_after))
+
+    def _load_own(self):
+        conf, option, path = self._conf, "certificate", self._conf.certificate
         try:
-            data = read_file(path) if data is None else data
-            blocks = pem_blocks(data)
-            for block in blocks:
-                if block.kind == "TRUSTED CERTIFICATE" and kinds != _KEYS:
-                    raise ValueError(
-                        f"line {block.line}: a TRUSTED CERTIFICATE, which only the openssl command "
-                        f"understands; 'openssl x509 -in {path} -out NEWFILE' writes a plain one")
-                if block.kind not in _TRUST and _is_certificate(block.der):
-                    raise ValueError(f"line {block.line}: a certificate under the heading "
-                                     f"{printable(block.kind)}: expected CERTIFICATE")
-            _wanted(blocks, kinds, data)
-            return blocks
-        except (OSError, ValueError) as error:
-            self._fault(option, path, error)
-            return []
-
-    def _read(self, option, path, blocks, kinds, read):
-        """[(what read() makes of it, DER)] of such blocks; none, and a fault, if one is bad."""
-        found = []
-        for block in blocks:
-            if block.kind in kinds:
-                try:
-                    found.append((read(block.der), block.der))
-                except ValueError as error:
-                    self._fault(option, path, f"line {block.line}: {error}")
-                    return []
-        return found
-
-    def _note(self, kind, path, subject, not_before, not_after):
-        what = f"{kind} {path} ({subject or 'without a subject'})"
-        self.loaded.append(Loaded(what, not_before, not_after))
-
-    def _load_own(self, warnings):
-        conf, own = self._conf, self._conf.certificate
-        option, path = ("key", conf.key) if conf.key else ("certificate", own)
-        blocks = self._blocks("certificate", own, CERTIFICATES)
-        chain = self._read("certificate", own, blocks, CERTIFICATES, read_certificate)
-        if chain and conf.key:
-            blocks = self._blocks(option, path, _KEYS)
-        try:
-            keys = chain and blocks and _wanted(blocks, _KEYS, b"")
-            if not keys:
-                return
+            chain, _, keys = _contents(read_file(path))
+            _expect(chain, "certificate")
+            if conf.key:
+                option, path = "key", conf.key
+                _, _, keys = _contents(read_file(path))
+            _expect(keys, "private key")
             if any(block.encrypted for block in keys):
                 raise ValueError("the key is encrypted, which a daemon cannot open; "
                                  "'openssl pkey -in FILE' writes it plain")
-            for certificate, der in chain:
-                _try_openssl(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, der)
-            self.context.load_cert_chain(own, conf.key, "")
+            self.context.load_cert_chain(conf.certificate, conf.key, "")
         except (OSError, ValueError) as error:
             if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-                error = f"this key does not belong to the first certificate of {own}"
+                error = f"this key does not belong to the first certificate of {conf.certificate}"
             return self._fault(option, path, error)
         if os.stat(path).st_mode & stat.S_IROTH:
-            warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; "
-                            f"'chmod o= {path}'")
-        self.own = chain[0][0]
-        for number, each in enumerate({der: each for each, der in chain}.values()):
-            kind = "chain certificate" if number else "own certificate"
-            self._note(kind, own, each.subject, each.not_before, each.not_after)
+            self._warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; "
+                                  f"'chmod o= {path}'")
+        self.own, *others = chain.values()
+        self._note(f"own certificate {conf.certificate}", self.own.subject, self.own)
+        for each in others:
+            self._note(f"chain certificate {conf.certificate}", each.subject, each)
 
-    def _load_trust(self, warnings):
+    def _load_trust(self):
         conf, context = self._conf, self.context
         # What is put into trust is trusted as it is, be it an intermediate CA's or a server's own.
         context.verify_flags |= 0x80000     # X509_V_FLAG_PARTIAL_CHAIN; Python 3.10 has the name
-        lists = {}                          # DER: (RevocationList, path)
+        found, lists = {}, {}               # DER: (Certificate or RevocationList, path)
         for path in conf.crl or ():
-            blocks = self._blocks("crl", path, _LISTS)
-            if any(block.kind in CERTIFICATES for block in blocks):
-                self._fault("crl", path, "expected nothing but revocation lists, "
-                                         "found a certificate, which would be trusted")
-            else:
-                for each, der in self._read("crl", path, blocks, _LISTS, read_crl):
-                    lists.setdefault(der, (each, path))
-        found = {}                          # DER: (Certificate, path)
+            try:
+                certificates, here, _ = _contents(read_file(path))
+                _expect(here, "revocation list (X509 CRL)")
+                if certificates:
+                    raise ValueError("expected nothing but revocation lists, "
+                                     "found a certificate, which would be trusted")
+                context.load_verify_locations(cafile=path)
+                lists.update((der, (each, path)) for der, each in here.items())
+            except (OSError, ValueError) as error:
+                self._fault("crl", path, error)
+        held = context.cert_store_stats()
+        if held["crl"] != len(lists) or held["x509"]:
+            self._fault("crl", ", ".join(conf.crl), f"OpenSSL finds {held['crl']} revocation lists "
+                        f"and {held['x509']} certificates, nutshim {len(lists)} and none")
         try:
             found = self._system() if conf.trust == "system" else self._trusted(lists)
         except (OSError, ValueError) as error:
             self._fault("trust", conf.trust, error)
         self._note_trust(found)
-        if lists:
-            self._load_lists(lists)
-            lack = [each.subject for each, _ in found.values()
-                    if each.is_ca and each.subject not in context.crl_issuers]
-            if lack and len(found) <= BUNDLE:
-                warnings.append(
-                    f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what it "
-                    "has issued is refused, since with crl set each CA needs one")
+        for each, path in lists.values():
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+            context.crl_issuers.add(each.issuer)
+            self._note(f"revocation list {path}", each.issuer, each)
+        lack = [each.subject for each, _ in found.values()
+                if each.is_ca and each.subject not in context.crl_issuers]
+        if lists and lack and len(found) <= BUNDLE:
+            self._warnings.append(
+                f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what it "
+                "has issued is refused, since with crl set each CA needs one")
 
     def _trusted(self, lists):
         """Load the certificates of trust, each once: {DER: (Certificate, path)}."""
         context, trust, found, before = self.context, self._conf.trust, {}, len(self._faults)
         folder = os.path.isdir(trust)
-        names = sorted(os.listdir(trust)) if folder else [""]
-        for path in (os.path.join(trust, name) if folder else trust for name in names):
+        for name in sorted(os.listdir(trust)) if folder else [""]:
+            path = os.path.join(trust, name) if folder else trust
             if folder and not os.path.isfile(path):
                 continue
             try:
                 data = read_file(path)
+                if folder and not re.search(
+                        rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
+                    continue                # Other files may stand beside: a README, keys.
+                certificates, others, _ = _contents(data)
+                if others.keys() - lists.keys():
+                    cure = "move it into a file of its own and set crl = FILE"
+                    raise ValueError("a revocation list, which counts only as crl: "
+                                     + (cure if certificates else f"set crl = {path}"))
+                if certificates:
+                    # Not as DER, whose end Python 3.7 does not know from a fault with OpenSSL 3.
+                    context.load_verify_locations(
+                        cadata="".join(map(ssl.DER_cert_to_PEM_cert, certificates)))
+                for der, each in certificates.items():
+                    found.setdefault(der, (each, path))
             except (OSError, ValueError) as error:
-                self._fault("trust", path, error)
-                continue
-            here = rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b"
-            if folder and not re.search(here, data):
-                continue                    # Other files may stand beside: a README, keys.
-            blocks = self._blocks("trust", path, _TRUST, data)
-            certificates = self._read("trust", path, blocks, CERTIFICATES, read_certificate)
-            for each, der in certificates:
-                found.setdefault(der, (each, path))
-            if any(block.kind == REVOCATION_LIST and block.der not in lists for block in blocks):
-                cure = "move it into a file of its own and set crl = FILE"
-                self._fault("trust", path, "a revocation list, which counts only as crl: "
-                            + (cure if certificates else f"set crl = {path}"))
-        for der, (each, path) in found.items():
-            try:
-                _try_openssl(context, each, der)
-            except ValueError as error:
                 self._fault("trust", path, error)
         if len(self._faults) == before:
             count = context.cert_store_stats()["x509"]
-            if not found:
-                raise ValueError("expected PEM files with certificates, found none")
+            _expect(found, "certificate")
             if count != len(found):
                 raise ValueError(f"OpenSSL uses {count} of {len(found)} certificates")
         return found
@@ -1739,50 +1599,15 @@ class Credentials:
         """One line for each, or one for a whole bundle with the first of them to end."""
         if len(found) <= BUNDLE:
             for each, path in found.values():
-                self._note("trusted certificate in", path, each.subject,
-                           each.not_before, each.not_after)
+                self._note(f"trusted certificate in {path}", each.subject, each)
             return
         now = time.time()
         certificates = [each for each, _ in found.values()]
         past = sum(each.not_after < now for each in certificates)
         first = min(certificates, key=lambda each: (each.not_after < now, each.not_after))
         which = f"{past} of them expired, the next to end" if past else "the first to end"
-        self._note(f"{len(found)} trusted certificates in", f"{self._conf.trust}, {which}",
-                   first.subject, first.not_before, first.not_after)
-
-    def _load_lists(self, lists):
-        """Load revocation lists, for which Python has no other way than their files' paths."""
-        context, before = self.context, self.context.cert_store_stats()
-        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-        for path in dict.fromkeys(path for _, path in lists.values()):
-            try:
-                context.load_verify_locations(cafile=path)
-            except OSError as error:
-                self._fault("crl", path, error)
-        after = context.cert_store_stats()
-        if after["crl"] != len(lists) or after["x509"] != before["x509"]:
-            self._fault("crl", ", ".join(self._conf.crl),
-                        f"OpenSSL uses {after['crl']} of {len(lists)} revocation lists")
-        for each, path in lists.values():
-            self._note("revocation list", path, each.issuer, each.this_update, each.next_update)
-        context.crl_issuers = {each.issuer for each, _ in lists.values()}
-
-
-def _is_certificate(der):
-    try:
-        return bool(read_certificate(der))
-    except ValueError:
-        return False
-
-
-def _try_openssl(context, certificate, der):
-    """Load a certificate into a context's store; ValueError that names it if OpenSSL refuses."""
-    try:
-        # Not as DER, whose end Python 3.7 does not know from a fault with OpenSSL 3.
-        context.load_verify_locations(cadata=ssl.DER_cert_to_PEM_cert(der))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"OpenSSL does not take the certificate of {certificate.subject}: "
-                         f"{openssl_words(error)}") from None
+        self._note(f"{len(found)} trusted certificates in {self._conf.trust}, {which}",
+                   first.subject, first)
 
 
 def _some(texts, most=3):
@@ -1794,28 +1619,16 @@ def _some(texts, most=3):
 _WEAK_KEY = "is too short for this OpenSSL's security level (RSA needs 2048 bits): make a new one"
 _WEAK_DIGEST = ("is signed with SHA-1 or another weak digest, which this OpenSSL's security level "
                 "does not allow: make a new one")
-_LOAD_WORDS = {                             # By OpenSSL's reasons (sslerr.h).
+_REASONS = {                                # OpenSSL's (sslerr.h).
     "EE_KEY_TOO_SMALL": "its key " + _WEAK_KEY,
     "CA_KEY_TOO_SMALL": "the key of a CA in it " + _WEAK_KEY,
-    "CA_MD_TOO_WEAK": "a certificate in it " + _WEAK_DIGEST}
-
-
-def openssl_words(error) -> str:
-    """An OSError, ssl.SSLError, ValueError or text about a file, in an administrator's words."""
-    reason = getattr(error, "reason", None) or ""
-    if reason in _LOAD_WORDS:
-        return _LOAD_WORDS[reason]
-    if isinstance(error, ssl.SSLError):
-        words = re.sub(r"^\[[^]]*\] *| *\(_ssl\.c:\d+\)$", "", str(error))
-        words = reason.lower().replace("_", " ") or words
-        return f"OpenSSL cannot use it ({words}): is it whole, and of a kind that OpenSSL knows?"
-    return getattr(error, "strerror", None) or str(error)
+    "CA_MD_TOO_WEAK": "a certificate in it " + _WEAK_DIGEST,
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no client certificate"}
 
 
 def describe_peer(sock) -> Peer:
     """The Peer of an SSLSocket or SSLObject; ValueError if its certificate cannot be read."""
-    der = sock.getpeercert(True)
-    names, pin, not_after = [], "", 0
+    der, names, pin, not_after = sock.getpeercert(True), [], "", 0
     if der:
         try:
             found = read_certificate(der)
@@ -1828,14 +1641,13 @@ def describe_peer(sock) -> Peer:
 # By OpenSSL's X509_V_ERR_ numbers (x509_vfy.h).
 _NAME_FAULTS = (62, 64)
 _DATE_WORDS = {9: "is not valid yet: compare the clocks", 10: "has expired: renew it"}
+_UNKNOWN_CA = "unknown CA: its issuer is not in trust"
 _VERIFY_WORDS = {
     3: "no revocation list (crl) of its issuer: with crl set, each CA above it needs one",
-    9: "its certificate " + _DATE_WORDS[9], 10: "its certificate " + _DATE_WORDS[10],
     11: "the revocation list (crl) is not valid yet: compare the clocks",
     12: "the revocation list (crl) has expired: renew it",
     18: "its certificate is self-signed and not in trust",
-    19: "unknown CA: its issuer is not in trust", 20: "unknown CA: its issuer is not in trust",
-    21: "unknown CA: its issuer is not in trust",
+    19: _UNKNOWN_CA, 20: _UNKNOWN_CA, 21: _UNKNOWN_CA,
     23: "its certificate, or its issuer's, is revoked",
     24: "its issuer's certificate is not one of a CA",
     26: "its certificate, or its issuer's, was made for another use: a server's has serverAuth, "
@@ -1861,22 +1673,18 @@ def note_failure(sock, error):
     if code in _DATE_WORDS:
         def wrong(each):
             return now > each.not_after if code == 10 else now < each.not_before
-        sent = [number for number, each in enumerate(chain) if wrong(each)]
-        trusted = [each.what for each in getattr(context, "loaded", ())
+        whose = [f"its issuer's certificate ({each.subject})" if number else "its certificate"
+                 for number, each in enumerate(chain) if wrong(each)]
+        trusted = [each.what for each in context.loaded
                    if each.what.startswith("trusted") and wrong(each)]
-        if sent:
-            whose = "its certificate"
-            if sent[0]:
-                whose = f"its issuer's certificate ({chain[sent[0]].subject})"
-        elif chain and trusted:
-            whose = trusted[0]
-        else:
-            whose = " or ".join(["its certificate, or its issuer's,"] + trusted[:1])
-        error.whose = f"{whose} {_DATE_WORDS[code]}"
-    elif code == 3 and chain and getattr(context, "crl_issuers", None):
-        lack = [each.issuer for each in chain if each.issuer not in context.crl_issuers]
+        if not chain or not whose + trusted:
+            whose = [" or ".join(["its certificate, or its issuer's,"] + trusted[:1])]
+        error.whose = f"{(whose + trusted)[0]} {_DATE_WORDS[code]}"
+    elif code == 3:
+        lack = dict.fromkeys(each.issuer for each in chain
+                             if each.issuer not in context.crl_issuers)
         if lack:
-            error.whose = _VERIFY_WORDS[3].replace("its issuer", _some(list(dict.fromkeys(lack))))
+            error.whose = _VERIFY_WORDS[3].replace("its issuer", _some(list(lack)))
     elif code in _NAME_FAULTS and chain:
         error.whose = f"its certificate {name_words(chain[0].names, sock.server_hostname or '')}"
 
@@ -1894,33 +1702,30 @@ def name_words(names: list, name: str) -> str:
     words = "is for " + names_text(alternatives)
     if wanted in names or not address and "DNS:*." + wanted.partition(".")[2] in names:
         return words
-    return f"{words}, not for {name}: set server_name to one of these, or make one with {name}"
+    return (f"{words}, not for {name}: set server_name to one of these, "
+            f"or make a certificate with {name}")
 
 
 def tls_error(error, name=None) -> str:
-    """An exception of a socket, with or without TLS, in an administrator's words."""
-    reason = isinstance(error, ssl.SSLError) and getattr(error, "reason", None) or ""
+    """An exception of a socket or a file, or a text, in an administrator's words."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        code = error.verify_code
-        if hasattr(error, "whose"):
-            return error.whose
-        if code in _NAME_FAULTS:
-            kind = "name" if code == 62 else "address"
-            return (f"its certificate is not for this {kind} ({name}): "
-                    "set server_name, or make a certificate with it")
-        if code in _DATE_WORDS:
-            return f"its certificate, its issuer's, or one in trust {_DATE_WORDS[code]}"
-        return _VERIFY_WORDS.get(code, error.verify_message)
+        words = _VERIFY_WORDS.get(error.verify_code, error.verify_message)
+        if error.verify_code in _NAME_FAULTS:
+            words = (f"its certificate is not for {name}: "
+                     "set server_name, or make a certificate with it")
+        return getattr(error, "whose", words)
+    reason = isinstance(error, ssl.SSLError) and getattr(error, "reason", None) or ""
+    if reason in _REASONS:
+        return _REASONS[reason]
+    plain = reason.lower().replace("_", " ")
     if "ALERT_" in reason:
-        alert = reason.partition("ALERT_")[2].lower().replace("_", " ")
-        return f"the peer refused with the TLS alert '{alert}'"
+        return f"the peer refused with the TLS alert '{plain.partition('alert ')[2]}'"
     if "PROTOCOL" in reason or "VERSION" in reason:
         return "the peer speaks no TLS version that min_tls allows"
-    if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-        return "the peer has no client certificate"
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return "the peer closed during the handshake"
-    return reason.lower().replace("_", " ") or getattr(error, "strerror", None) or str(error)
+    text = getattr(error, "strerror", None) or str(error)
+    return plain or re.sub(r"^\[[^]]*\] +| *\(_ssl\.c:\d+\)$", "", text)
 
 
 def days_text(not_after, not_before=0) -> str:
@@ -3683,7 +3488,8 @@ class Shim:
         """Why that address gets no session, or None."""
         if self.conf.allow_from:
             import ipaddress
-            address = ipaddress.ip_address(_unmapped(host).partition("%")[0])
+            # A socket of both families, handed over, has IPv4 peers as ::ffff:192.0.2.1.
+            address = ipaddress.ip_address(host.partition("%")[0].replace("::ffff:", ""))
             if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:

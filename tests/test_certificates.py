@@ -134,6 +134,8 @@ def test_der_is_refused_that_is_in_no_order():
              "no UTF-8": certificate(subject=name((CN, 0x0c, b"\xff"))), "half a pair": certificate(subject=name((CN, 0x1e, b"\xd8\0"))),
              "odd": certificate(subject=name((CN, 0x1e, b"a"))), "no character": certificate(subject=name((CN, 0x1c, b"\xff" * 4))),
              "an OID that is none": certificate(subject=tlv(0x30, tlv(0x31, tlv(0x30, b"\6\3\x55\x80\3", tlv(0x0c, b"x"))))),
+             "a directoryName that is no text": certificate(extensions=tlv(0xa3, tlv(0x30, san((0xa4, name((O, 0x04, b"x"))))))),
+             "half a character of a party": certificate(extensions=tlv(0xa3, tlv(0x30, san((0xa5, tlv(0xa1, tlv(0x1e, b"odd"))))))),
              "deep": certificate(algorithm=tlv(0x30, ALGORITHM[2:], deep(50)), outer=tlv(0x30, ALGORITHM[2:], deep(50)))}
     for text in ("2001010000Z", "200101000000+0100", "20200101000000.5Z", "20010100000Z", "200230000000Z", "201301000000Z", "200101240000Z"):
         wrong["the date " + text] = certificate(validity=tlv(0x30, tlv(0x17, text.encode("ascii")), time_of("491231235959Z")))
