@@ -975,6 +975,11 @@ class Questions:
 
     def to_send(self) -> bytes:
         """The commands that may be sent now."""
+        commands = [asked.raw for _, asked in self.waiting if asked.head]
+        if len(commands) == len(self.waiting) and not (self.sent and not self.sent[-1][1].head):
+            self.sent += self.waiting               # Nearly always.
+            self.waiting.clear()
+            return b"".join(commands)
         commands = []
         while self.waiting:
             if self.sent and not (self.waiting[0][1].head and self.sent[-1][1].head):
@@ -1002,14 +1007,15 @@ class Questions:
                 if not data.startswith(asked.tail, at):
                     return self._blame(answers, "an item of another list in reply to", data[at:])
                 self._in_list = False
-            elif not _error(data, at, end):
+            else:
                 # upsd repeats names as they were typed, but for its own (server.info).
                 head = at + len(asked.head)
                 if (data[at:head].lower() != asked.head
                         or asked.head and asked.rest and not asked.rest(data, head, end)
                         or not asked.head and data[at:end].split(b" ", 1)[0] in _NAMING):
-                    return self._blame(answers, "another answer in reply to", data[at:])
-                if asked.tail:
+                    if not _error(data, at, end):
+                        return self._blame(answers, "another answer in reply to", data[at:])
+                elif asked.tail:
                     self._in_list, at = True, end
                     continue
             if not asked.head and end < len(data):
@@ -2709,11 +2715,12 @@ class Session:
 
     def _ask(self, data):
         """Questions, up to what is none; that waits until they are answered."""
-        latest = self.shim.latest()
+        newest = self.shim.newest[0]
         if not self.asked:                              # The configuration may be another one.
-            self.shim = latest
+            self.shim = newest
         shared, at = self.shim.shared, 0
-        share = self.shim is latest and not self.alone and shared.open()
+        share = (self.shim is newest and not self.alone
+                 and self.loop.now >= shared.closed_until)
         end = data.find(b"\n") + 1
         while end and share and self.asked < MAX_AHEAD:
             asked = question(data[at:end])
@@ -2725,7 +2732,7 @@ class Session:
             self.asked += 1
             at = end
             end = data.find(b"\n", at) + 1
-        if at:
+        if at and not self.bytes_out:
             self.loop.strangers.pop(self, None)
         rest = data[at:]
         if rest or self.backlog or self.client.out:
@@ -3175,7 +3182,7 @@ class Shared:
         self._heard = 0                         # When it was last heard, or first asked since.
         self._since = 0                         # The same, or since when a fresh one is awaited.
         self._silences = 0                      # One after another.
-        self._closed_until = 0
+        self.closed_until = 0.0 if not shim.server and shim.conf.reuse else float("inf")
         self._retired = False
 
     @property
@@ -3189,10 +3196,6 @@ class Shared:
     def tell(self, step: str, text: str, _done: bool = True) -> None:
         if self.loop.log.debug:
             self.log(DEBUG, f"{step}: {text}")
-
-    def open(self) -> bool:
-        """Whether it may be used."""
-        return self.shim.conf.reuse > 0 and self.loop.now >= self._closed_until
 
     def ask(self, asker, asked: Question) -> None:
         self.asked += 1
@@ -3366,7 +3369,7 @@ class Shared:
     def _distrust(self, link):
         """An upstream like that is not shared: each client gets a session of its own."""
         fault, rest = link.questions.fault, self._unanswered()
-        self._closed_until = self.loop.now + UNSHARED
+        self.closed_until = self.loop.now + UNSHARED
         self.log(WARNING, f"not used for {UNSHARED // 60} minutes, each client has a session of its "
                           f"own: {fault}")
         self._give_up(fault)
@@ -3464,13 +3467,9 @@ class Shim:
         self.counts: Counter = collections.Counter()    # Sessions in "total", upstream ones "own".
         self.refused: Counter = collections.Counter()   # By the Reason's words.
         self.addresses: Counter = collections.Counter() # Open sessions by the peer's address.
-        self._newest: list = [self]     # Of this name; one list, or old ones would keep all between.
+        self.newest: list = [self]     # Of this name; one list, or old ones would keep all between.
         self.shared = Shared(self)
         self._tickets: dict = {}                # server name -> (until, ssl.SSLSession or None)
-
-    def latest(self) -> Shim:
-        """The shim of the same name after all reloads."""
-        return self._newest[0]
 
     def count(self, place: Union[str, bytes]) -> int:
         """A session from an address_place() begins; its number."""
@@ -3539,8 +3538,8 @@ class Shim:
         for heir in heirs:
             if heir.name == self.name and heir.server == self.server:
                 heir.counts, heir.refused = self.counts, self.refused
-                heir.addresses, heir._newest = self.addresses, self._newest
-                self._newest[0] = heir
+                heir.addresses, heir.newest = self.addresses, self.newest
+                self.newest[0] = heir
         self.shared.retire()
 
 
