@@ -147,10 +147,10 @@ VERSION = "1.1"
 # --- Limits: each bounds what a peer can make this process hold, or wait for ---------------------
 
 CHUNK = 16384             # bytes a read: the payload of one TLS record (RFC 8446 5.1)
-PIECE = 2048              # bytes fed to or taken from TLS at once: its buffers keep their largest size
+PIECE = 2048              # bytes fed to or taken from TLS at once: its buffers never shrink
 TURN = 512                # bytes of commands taken from a client in one turn, as upsd does
 RECORD = 512              # bytes of commands in a TLS record: upsd's own TLS forgets what is beyond
-MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512 characters, each escaped (NUT parseconf.h)
+MAX_COMMAND = 33 * 1024   # bytes a command: 32 words of 512, each escaped (NUT parseconf.h)
 MAX_COMMAND_LINES = 32    # newlines in a command's quotes; NUT's own clients send none
 MAX_WORDS = 32            # words of a command that are looked at; upsd drops what is beyond
 MAX_QUESTION = 256        # bytes of a command that may go over a shared session
@@ -159,7 +159,7 @@ MAX_GREETING = 1024       # bytes a line before TLS
 MAX_GREETING_LINES = 8    # lines before TLS that are answered; then it is no TLS client
 MAX_HANDSHAKE = 256 * 1024  # bytes of a peer's handshake; a chain of certificates may have 100 KB
 MAX_REPLY_LINE = 512      # upsd cuts a reply line here, without a newline (NUT_NET_ANSWER_MAX)
-MAX_AHEAD = 64            # commands of a client unanswered, before more are taken: upsd's are shared
+MAX_AHEAD = 64            # commands of a client unanswered, before more of it are taken
 HIGH_WATER = 64 * 1024    # bytes unsent to one side, before its other side has to wait
 OVERHEAD = 50             # times its data a peer's TLS may need, and HIGH_WATER more; 7 are honest
 STALL_LIMIT = 10          # seconds a client may leave that much unread: upsd's writes block for all
@@ -167,8 +167,8 @@ DRAIN_LIMIT = 5           # seconds for what is under way when one side has clos
 STOP_GRACE = 2            # seconds for replies under way at TERM; procd kills after 5
 BACKLOG = 128             # connections waiting in the kernel
 ACCEPT_BATCH = 16         # of them taken in one round, before established sessions have their turn
-STAGGER = 0.5             # seconds without a step further before the next address is tried (RFC 8305)
-PATIENCE = 1              # seconds of silence of a shared session, or 4 round trips if those are more
+STAGGER = 0.5             # seconds without a step further, then the next address (RFC 8305)
+PATIENCE = 1              # seconds of a shared session's silence, or 4 round trips
 MAX_PATIENCE = 60         # seconds: silence after silence is borne longer each time, up to this
 MAX_ASKED = 2             # times a question is asked over shared sessions that are lost
 UNSHARED = 3600           # seconds that an upstream which gave an odd reply is not shared
@@ -617,9 +617,10 @@ _READ = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP", b"LO
 _MONITOR = _READ | IDENTIFYING | {b"PASSWORD"}
 _PRIMARY = _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}
 # The verbs that are shown at -DD, with so many words; what is beyond may be a password mistyped.
-SHOWN = {b"GET": 4, b"LIST": 4, b"SET": 5, b"INSTCMD": 4, b"USERNAME": 2, b"PASSWORD": 1, b"LOGIN": 2,
-         b"ATTACH": 2, b"PRIMARY": 2, b"MASTER": 2, b"FSD": 2, b"VER": 1, b"NETVER": 1, b"PROTVER": 1,
-         b"HELP": 1, b"STARTTLS": 1, b"LOGOUT": 1, b"DETACH": 1}
+SHOWN = {b"PASSWORD": 1, b"GET": 4, b"LIST": 4, b"SET": 5, b"INSTCMD": 4}
+SHOWN.update(dict.fromkeys((b"VER", b"NETVER", b"PROTVER", b"HELP", b"STARTTLS", b"LOGOUT",
+                            b"DETACH"), 1))
+SHOWN.update(dict.fromkeys(IDENTIFYING | {b"PRIMARY", b"MASTER", b"FSD"}, 2))
 CLASSES = {"read": _READ, "monitor": _MONITOR, "primary": _PRIMARY, "admin": None}
 
 OK_STARTTLS = b"OK STARTTLS\n"
@@ -649,7 +650,7 @@ _DROPPED_TO_NUL = bytes.maketrans(_DROPPED, bytes(len(_DROPPED)))
 _stateless_lines = re.compile(
     rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
     ).fullmatch
-_known: dict = {}           # Clients repeat themselves; nothing else is kept, least of all passwords.
+_known: dict = {}           # Clients repeat themselves. Nothing else is kept, above all no password.
 
 
 def _are_stateless(data):
@@ -786,7 +787,7 @@ class Conversation:
         self._commands, self._replies = Commands(), Replies()
         # What waits for upsd's reply of that number: (number, None, own reply behind it), or
         # (number, verb, name) of an identity to be confirmed by it.
-        self.due: list = []     # What waits for replies to come; whoever reads the client bounds it.
+        self.due: list = []     # What waits for replies; whoever reads the client bounds it.
         self.counted = True     # False once the number of upsd's replies cannot be known.
         self.sent = 0           # Commands passed to upsd.
         self.got = 0            # Replies that have ended.
@@ -1696,7 +1697,7 @@ def note_failure(sock, error):
 
 
 def name_words(names: list, name: str) -> str:
-    """How a certificate with these names stands to a name: "is for …", or why not, and the cure."""
+    """How a certificate with these names stands to a name, and the cure if it does not fit."""
     address = numeric_family(name)
     wanted = normal_name(("IP:" if address else "DNS:") + name)
     alternatives = [each for each in names if each.startswith(("DNS:", "IP:"))]
@@ -1979,7 +1980,7 @@ class Workers:
 
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 LAST = getattr(socket, "MSG_MORE", 0)       # With what is sent right before the end: one packet.
-_buffer = bytearray(CHUNK)      # All reads go through it: a new 16 KiB object costs more than a read.
+_buffer = bytearray(CHUNK)      # All reads go through it: 16 KiB more cost more than a read.
 _view = memoryview(_buffer)
 
 
@@ -2273,7 +2274,7 @@ class TlsConnection(Connection):
         super().end()
 
     def _say_close_notify(self):
-        """Behind what was sent. What the peer has sent is read first: unwrap() would take offence."""
+        """Behind what was sent. The peer's bytes are read first: unwrap() takes offence at them."""
         self._decrypted(self._rest)
         self._rest = b""
         try:
@@ -2448,8 +2449,8 @@ class Session:
     has none until it says something that is no question; its questions are asked over the shared
     session, and count in asked until they are answered.
     """
-    __slots__ = ("shim", "loop", "number", "address", "place", "client", "upstream", "link", "state",
-                 "deadline", "began", "last", "talk", "access", "user", "ups", "bytes_in",
+    __slots__ = ("shim", "loop", "number", "address", "place", "client", "upstream", "link",
+                 "state", "deadline", "began", "last", "talk", "access", "user", "ups", "bytes_in",
                  "bytes_out", "opening", "backlog", "asked", "tries", "alone", "reason",
                  "stopping")
 
@@ -2478,7 +2479,8 @@ class Session:
             self.client.want(READ)
 
     def log(self, level: int, text: str) -> None:
-        self.loop.log(level, f"[{self.shim.name}] #{self.number} {address_text(self.address)}: {text}")
+        peer = address_text(self.address)
+        self.loop.log(level, f"[{self.shim.name}] #{self.number} {peer}: {text}")
 
     def tell(self, step: str, text: str, _done: bool = True) -> None:
         """A step of an opening, for -D."""
@@ -2503,7 +2505,8 @@ class Session:
         self.client.on_read = getattr(self, commands)
         self.client.on_write = getattr(self, written)
         if self.upstream:
-            self.upstream.on_read, self.upstream.on_write = getattr(self, replies), self.client.on_write
+            self.upstream.on_read = getattr(self, replies)
+            self.upstream.on_write = self.client.on_write
         self._until(seconds)
 
     # Opening.
@@ -2812,7 +2815,8 @@ class Session:
         replies are lost, and NUT's own programs die of SIGPIPE without a word.
         """
         client = self.client
-        if not reason.polite or not client.out and (client.ended or reason is Reason.LOGOUT):
+        if (not reason.polite or self.state == CLOSED
+                or not client.out and (client.ended or reason is Reason.LOGOUT)):
             return self.close(reason, detail)
         self._report(reason, detail)
         self._let_go()
@@ -2902,7 +2906,8 @@ class Session:
         text = (f"closed: {why}, {self.loop.now - self.began:.1f} s, "
                 f"{self.bytes_in} bytes in, {self.bytes_out} bytes out")
         if reason in (Reason.RESOURCES, Reason.MADE_ROOM):
-            self.loop.log.limited(reason.level, reason, f"[{self.shim.name}] {address_text(self.address)}: {text}")
+            where = f"[{self.shim.name}] {address_text(self.address)}"
+            self.loop.log.limited(reason.level, reason, f"{where}: {text}")
         else:
             self.log(reason.level, text)
 
@@ -2940,8 +2945,9 @@ class Target:
         if found:
             self.addresses, self._fresh_until = found, loop.now + RESOLVE_TTL
         elif self.addresses:
-            loop.log.limited(WARNING, (self.text, "look-up"), f"{self.text}: the name cannot be resolved, "
-                             f"going on with its old addresses: {tls_error(error)}")
+            loop.log.limited(WARNING, (self.text, "look-up"),
+                             f"{self.text}: the name cannot be resolved, going on with its old "
+                             f"addresses: {tls_error(error)}")
         for then in waiting:
             then(error)
 
@@ -2985,7 +2991,8 @@ async def reached(shim: Shim, owner, target: Target, family: int, address: tuple
         engine = Engine(shim.context, False, name, shim.ticket(name))
         conn = await secured(conn, engine, False, name)
         peer = conn.peer
-        tell("TLS", f"{peer.version}, {peer.cipher}{engine.tls.session_reused and ', resumed' or ''}")
+        how = ", resumed" if engine.tls.session_reused else ""
+        tell("TLS", f"{peer.version}, {peer.cipher}{how}")
         shim.judge(peer)
         return conn, trip
     except BaseException:
@@ -3228,9 +3235,12 @@ class Shared:
     def _busy(self):
         return any(link.questions.sent or link.questions.waiting for link in self.links)
 
+    def _limit(self):
+        """Seconds that it may be silent."""
+        return self._patience() if self._busy() else self.shim.conf.reuse
+
     def _watch(self):
-        limit = self._patience() if self._busy() else self.shim.conf.reuse
-        deadline = self._since + limit
+        deadline = self._since + self._limit()
         if deadline < self.deadline:
             self.deadline = deadline
             self.loop.timed.add(self)
@@ -3239,7 +3249,7 @@ class Shared:
     def expired(self) -> None:
         self.deadline = float("inf")
         self.loop.timed.discard(self)       # Or the shims of all reloads would stay.
-        left = self._since + (self._patience() if self._busy() else self.shim.conf.reuse) - self.loop.now
+        left = self._since + self._limit() - self.loop.now
         if not self.links or self._dial:
             return
         if left > 0:
@@ -3319,7 +3329,7 @@ class Shared:
             return self._distrust(link)
         if link.questions.waiting and not link.questions.sent:
             link.flush()
-        if link.questions.sent:
+        if link.questions.sent and link.conn.sock:
             link.conn.hurry()
         if self._retired and not self._busy():
             self._give_up("the configuration was read again")
@@ -3369,9 +3379,11 @@ class Shared:
     def _distrust(self, link):
         """An upstream like that is not shared: each client gets a session of its own."""
         fault, rest = link.questions.fault, self._unanswered()
+        if link not in self.links:              # Given away a moment ago.
+            link.conn.owner.finish(Reason.LOST, fault)
         self.closed_until = self.loop.now + UNSHARED
-        self.log(WARNING, f"not used for {UNSHARED // 60} minutes, each client has a session of its "
-                          f"own: {fault}")
+        self.log(WARNING, f"not used for {UNSHARED // 60} minutes, each client has a session of "
+                          f"its own: {fault}")
         self._give_up(fault)
         for asker in self._askers(rest):
             asker.ask_alone(b"".join(asked.raw for who, asked in rest if who is asker))
@@ -3698,7 +3710,7 @@ class Listener(Connection):
                 sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:                # Out of descriptors, most likely: rest a second.
+            except OSError as error:                # Out of descriptors, most likely.
                 shim.refused[Reason.RESOURCES.words] += 1
                 loop.log.limited(ERROR, "accept", f"[{shim.name}] a new session is refused: "
                                                   f"{error.strerror}")
