@@ -3219,12 +3219,13 @@ class Shared:
         self._flushing = False
         if self._waiting:
             self._start_dial()
-        fresh = False
+        fresh = [link for link in self.links if not link.questions.sent]
         for link in self.links:
-            fresh = fresh or not link.questions.sent
             link.flush()
         if fresh:
-            self._since = self._heard = self.loop.now
+            self._since = self.loop.now
+            if len(fresh) == len(self.links):
+                self._heard = self._since
             self._watch()
 
     def _patience(self):
@@ -3255,6 +3256,9 @@ class Shared:
         if left > 0:
             self._watch()
         elif self._busy():
+            silent = self.loop.now - self._heard
+            if silent >= self.shim.conf.handshake_timeout:
+                return self._fail(Reason.LOST, f"silent for {silent:.0f} s")
             if len(self.links) > 1:
                 self._drop(self.links[0])
             self._silences += 1
@@ -3280,11 +3284,7 @@ class Shared:
             if self.links and self.loop.now - self._heard < self.shim.conf.handshake_timeout:
                 self._since = self.loop.now     # The silent one may speak yet.
                 return self._watch()
-            askers = self._askers(self._unanswered())
-            self._give_up(text)
-            for asker in askers:
-                asker.finish(Reason.UPSTREAM, text)
-            return
+            return self._fail(Reason.UPSTREAM, text)
         waiting = self._unanswered()
         if self.links:
             self.asked_again += len(waiting)
@@ -3397,6 +3397,13 @@ class Shared:
             self._drop(link)
         self._end(why)
 
+    def _fail(self, reason, text):
+        """Nobody gets an answer; nobody is left waiting."""
+        askers = self._askers(self._unanswered())
+        self._give_up(text)
+        for asker in askers:
+            asker.finish(reason, text)
+
     def _end(self, why):
         if self.up_since:
             self.log(INFO, f"given up: {why}")
@@ -3454,11 +3461,8 @@ class Shared:
             self._give_up("the configuration was read again")
 
     def close(self, reason: Reason, detail: str = "") -> None:
-        """After a bug: nobody is left waiting."""
-        askers = self._askers(self._unanswered())
-        self._give_up(f"{reason.words} {detail}".strip())
-        for asker in askers:
-            asker.finish(reason, detail)
+        """After a bug."""
+        self._fail(reason, detail)
 
     finish = close
 
