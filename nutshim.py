@@ -3826,7 +3826,7 @@ def status_data(daemon: Daemon) -> dict:
 
 
 def _status_of_shim(daemon, shim):
-    conf, shared = shim.conf, shim.shared
+    conf = shim.conf
     bound = [(each.sock.family, each.sock.getsockname())
              for each in daemon.listeners.values() if each.shim is shim]
     status = {
@@ -3842,6 +3842,7 @@ def _status_of_shim(daemon, shim):
         "sessions_total": shim.counts["total"], "upstream_own": shim.counts["own"],
         "refused": dict(shim.refused)}
     if not shim.server:
+        shared = shim.shared
         status["shared"] = {
             "up_since": int(shared.up_since), "round_trip_ms": round(shim.round_trip * 1000, 1),
             "asked": shared.asked, "asked_again": shared.asked_again, "given_up": shared.ended}
@@ -4117,7 +4118,7 @@ class Probe:
         while not ends:
             data = await received(conn)
             if not data:
-                raise ProtocolError(Reason.UPSTREAM, conn.fault or f"closed before it answered "
+                raise ProtocolError(Reason.UPSTREAM, conn.fault or "closed before it answered "
                                     f"{word}: does upsd run there? The server shim's log tells")
             answer, ends = answer + data, replies.feed(data)
         if answer.startswith(b"ERR"):
@@ -4165,7 +4166,7 @@ def prepare_process() -> None:
         highest = max(map(int, os.listdir("/proc/self/fd")))
     except OSError:
         highest = 255
-    os.closerange(3 + handed_over_count(), highest + 1)
+    os.closerange(handed_over().stop, highest + 1)
     try:
         with open("/proc/self/comm", "w") as file:
             file.write("nutshim")
@@ -4173,15 +4174,10 @@ def prepare_process() -> None:
         pass
 
 
-def handed_over_count() -> int:
-    """How many sockets systemd has opened, from descriptor 3 on (sd_listen_fds(3))."""
+def handed_over() -> range:
+    """The descriptors of sockets that systemd has opened (sd_listen_fds(3))."""
     ours = os.environ.get("LISTEN_PID") == str(os.getpid())
-    return int(os.environ.get("LISTEN_FDS", "0")) if ours else 0
-
-
-def handed_over() -> list:
-    """The sockets that systemd has opened."""
-    return [socket.socket(fileno=fd) for fd in range(3, 3 + handed_over_count())]
+    return range(3, 3 + (int(os.environ.get("LISTEN_FDS", "0")) if ours else 0))
 
 
 def raise_descriptor_limit(max_sessions: int) -> int:
@@ -4237,9 +4233,9 @@ def closed_steps(path: str, account) -> list:
 
 def _is_only(uid, gid):
     """This process has that user and group alone, and cannot go back."""
-    ids = [os.getuid(), os.geteuid()], [os.getgid(), os.getegid()]
+    users, groups = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
     if hasattr(os, "getresuid"):
-        ids = list(os.getresuid()), list(os.getresgid())
+        users, groups = set(os.getresuid()), set(os.getresgid())
     elif uid:
         try:
             os.seteuid(0)                       # macOS, NetBSD: a saved uid of root would allow it.
@@ -4247,7 +4243,7 @@ def _is_only(uid, gid):
         except OSError:
             pass
     # Up to FreeBSD 14 getgroups() names the effective group as well.
-    return set(ids[0]) == {uid} and set(ids[1]) == {gid} and set(os.getgroups()) <= {gid}
+    return users == {uid} and groups == {gid} and set(os.getgroups()) <= {gid}
 
 
 class Process:
@@ -4353,7 +4349,8 @@ class Daemon:
         self.shims: list = []
         self.began = time.monotonic()
         self.loaded = 0.0                       # When, in seconds since 1970.
-        self.conf = self.loop = self.account = None
+        self.conf = self.loop = None
+        self.uid = os.geteuid()                 # Whose files are written: the user to become.
         self.process = Process(log)
 
     def run(self, ready: Callable) -> int:
@@ -4361,12 +4358,14 @@ class Daemon:
         conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
         if conf.log == "stderr" and not self.args.foreground:
             raise ConfigError(conf.at("log") + "stderr needs -F or -D")
-        self.conf, self.account = conf, self._account(conf)
+        self.conf, account = conf, self._account(conf)
+        if account:
+            self.uid = account.pw_uid
         os.umask(0o027)
         self.log.use(*self._open_log(conf))
         process = self.process
         try:
-            process.lock_pidfile(conf, self._uid())
+            process.lock_pidfile(conf, self.uid)
         except ConfigError as fault:
             if not self.args.foreground or "running already" in str(fault):
                 raise
@@ -4376,12 +4375,13 @@ class Daemon:
             signal.signal(number, lambda *_: None)      # The loop learns of it by the wake-up byte.
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-        self._apply(conf, credentials, warnings, handed_over())
+        self._apply(conf, credentials, warnings,
+                    [socket.socket(fileno=fd) for fd in handed_over()])
         try:
             if process.pidfile is not None:
                 self.control = Control(self)
             process.open_notify(self.loop)
-            process.drop_privileges(conf, self.account)
+            process.drop_privileges(conf, account)
         except ConfigError:
             process.remove_files(conf)
             raise
@@ -4404,9 +4404,6 @@ class Daemon:
                 self.log(WARNING, conf.at("user") + "going on as root, since there is no user nut")
         return account if account and account.pw_uid != os.geteuid() else None
 
-    def _uid(self):
-        return self.account.pw_uid if self.account else os.geteuid()
-
     def _open_log(self, conf):
         """What log.use() takes."""
         target = "stderr" if self.args.debug else conf.log
@@ -4415,7 +4412,7 @@ class Daemon:
             self.log(NOTICE, "no syslog here, so the log goes to stderr")
             target = "stderr"
         try:
-            return target, open_log(target, self._uid())
+            return target, open_log(target, self.uid)
         except OSError as error:
             raise conf.error("log", conf.log, error) from None
 
@@ -4470,8 +4467,7 @@ class Daemon:
         if word == "status":
             return f"OK\n{status_data(self)}"          # A Python literal: json would cost memory.
         if word == "reload":
-            fault = self.reload()
-            return "ERR\n" + fault if fault else "OK\nreloaded"
+            return self.reload()
         if word == "stop":
             Timer(self.loop, 0, self.stop)
             return "OK\nstopping"
@@ -4480,13 +4476,13 @@ class Daemon:
     def _signalled(self, number):
         if number == signal.SIGHUP:
             self.reload()
-        elif number in (signal.SIGTERM, signal.SIGINT):
+        else:
             self.stop()
 
-    def reload(self) -> Optional[str]:
-        """Read the configuration again; on a fault nothing changes. Returns the fault, or None."""
+    def reload(self) -> str:
+        """Read the configuration again; on a fault nothing changes. The answer for -c reload."""
         if self.loop.stopping:
-            return "nutshim is stopping"
+            return "ERR\nnutshim is stopping"
         gc.collect()                            # Earlier shims, which refer to themselves.
         self.process.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
         old, log = self.conf, None
@@ -4511,7 +4507,7 @@ class Daemon:
                 text += f"\n(looked for inside the chroot {old.chroot})"
             self.log(ERROR, "reload failed, going on as before:\n" + text)
             self.process.notify("READY=1")
-            return text
+            return "ERR\n" + text
         if log:
             self.log.use(*log)
         if fixed:
@@ -4519,7 +4515,7 @@ class Daemon:
         self.log(NOTICE, f"reloaded {self.path}")
         self._tell_expiries()
         self.process.notify("READY=1")
-        return None
+        return "OK\nreloaded"
 
     def _each_day(self):
         self._tell_expiries()
@@ -4543,25 +4539,24 @@ class Daemon:
             listener.close()
         for session in list(loop.sessions):
             loop.guarded(session, session.stop)
-        self._end(loop.now, loop.now + STOP_GRACE)
+        self._end(loop.now)
 
-    def _end(self, began, deadline):
+    def _end(self, began):
         loop = self.loop
+        late = loop.now >= began + STOP_GRACE
         for session in list(loop.sessions):
             # Their last words have gone to the kernel, and there was time for an answer to them.
-            if session.state == ENDING and not session.client.out and loop.now > began + 0.2:
+            told = session.state == ENDING and not session.client.out and loop.now > began + 0.2
+            if told or late:
                 session.close(Reason.STOP)
-        if loop.sessions and loop.now < deadline:
-            Timer(loop, 0.1, lambda: self._end(began, deadline))
+        if loop.sessions and not late:
+            Timer(loop, 0.1, lambda: self._end(began))
             return
-        for session in list(loop.sessions):
-            session.close(Reason.STOP)
         for shim in self.shims:
             shim.shared.retire()
         loop.finished = True
         self.process.remove_files(self.conf)
         self.log(NOTICE, "stopped")
-
 
 
 # --- Main ----------------------------------------------------------------------------------------
@@ -4639,11 +4634,10 @@ def read_arguments(argv: list) -> types.SimpleNamespace:
         word = words.pop(0)
         if word in ("--json", "--prometheus"):
             args.form = word[2:]
-        elif word == "--help":
-            args.help = 1
-        elif not re.match("-[A-Za-z]", word):
+            continue
+        letters = "h" if word == "--help" else word[1:]
+        if not re.match("-[A-Za-z]|--help$", word):
             raise ValueError(f"'{word}' is no option")
-        letters = "" if word.startswith("--") else word[1:]
         while letters:
             letter, letters = letters[0], letters[1:]
             if letter in _FLAGS:
@@ -4674,9 +4668,8 @@ def check(path: str, args) -> int:
 
 
 def main(argv: Optional[list] = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if stream:                                      # A terminal may lack a name's characters.
-            stream.reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")   # A terminal may lack a name's characters.
     try:
         args = read_arguments(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
