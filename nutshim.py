@@ -4197,11 +4197,11 @@ def raise_descriptor_limit(max_sessions: int) -> int:
     return min(max_sessions, max(1, room))
 
 
-def closed_steps(path: str, account) -> list:
+def closed_steps(path: str, account: pwd.struct_passwd) -> list:
     """What closes a file to an account without other groups: [(folder or file, commands)].
 
-    The permission bits of each folder on the way, behind links too, and of the file count. account
-    is one of pwd. The commands, followed literally, open it for the account's group.
+    The permission bits of each folder on the way, behind links too, and of the file count. The
+    commands, followed literally, open it for the account's group.
     """
     found, here, todo, links = [], "/", os.path.abspath(path).split("/"), 0
     while True:
@@ -4282,7 +4282,7 @@ class Process:
                 except OSError:
                     pass                        # In /run only root may: an empty file stays.
 
-    def drop_privileges(self, conf: Conf, account) -> None:
+    def drop_privileges(self, conf: Conf, account: Optional[pwd.struct_passwd]) -> None:
         """chroot, then the account's user and group, and no others; ConfigError."""
         at = conf.at("user")
         try:
@@ -4343,7 +4343,7 @@ class Process:
 class Daemon:
     """The running program: its configuration and listeners, reload and stop."""
 
-    def __init__(self, path: str, args, log: Log):
+    def __init__(self, path: str, args: types.SimpleNamespace, log: Log):
         self.path, self.args, self.log = os.path.abspath(path), args, log
         self.listeners: dict = {}               # key of listen_keys() -> Listener
         self.shims: list = []
@@ -4395,7 +4395,7 @@ class Daemon:
         return 0
 
     def _account(self, conf):
-        """Whom to become: None when that is who we are."""
+        """The user to become; None when that is who we are."""
         account = None
         if conf.user or os.geteuid() == 0:
             try:
@@ -4655,7 +4655,7 @@ def read_arguments(argv: list) -> types.SimpleNamespace:
     return args
 
 
-def check(path: str, args) -> int:
+def check(path: str, args: types.SimpleNamespace) -> int:
     """-t and -p."""
     conf, credentials, warnings = check_config(path, args.user, args.chroot)
     if args.test:
