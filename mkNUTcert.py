@@ -50,9 +50,9 @@ import sys
 import tarfile
 import tempfile
 import time
-from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
-VERSION = "1.0"
+VERSION = "1.1"
 CONF_FOLDERS = ("/etc/nut", "/etc/ups", "/usr/local/etc/nut")  # behind $NUT_CONFPATH
 NUT_USERS = ("nut", "upsd", "ups", "nutmon")  # the first that exists may read the keys
 THERE = "/etc/nut"          # where files are taken to go on the other box
@@ -123,7 +123,7 @@ def host_name(text: str) -> Name:
         why = "no certificate is made for a wildcard: name each host"
     elif re.match("(DNS|IP):", text, re.I):
         why = "give the bare name or address, without DNS: or IP:"
-    elif ":" in text or text.rsplit(".", 1)[-1].isdigit():  # whatever ends in a number is meant as IPv4
+    elif ":" in text or text.rsplit(".", 1)[-1].isdigit():  # what ends in a number is meant as IPv4
         family = socket.AF_INET6 if ":" in text else socket.AF_INET
         try:
             return Name("IP", socket.inet_ntop(family, socket.inet_pton(family, text)))
@@ -157,8 +157,8 @@ def bracketed(name: Name) -> str:
 def dn_text(text: str) -> str:
     """For -O and -OU; nothing leaves it out."""
     if not (DN_TEXT.fullmatch(text) and text.isprintable() and len(text) <= MAX_DN):
-        raise argparse.ArgumentTypeError("%s: expected up to %d letters, digits, blanks and .,'&()+:@!/-"
-                                         % (ascii(text[:80]), MAX_DN))
+        raise argparse.ArgumentTypeError("%s: expected up to %d letters, digits, blanks and "
+                                         ".,'&()+:@!/-" % (ascii(text[:80]), MAX_DN))
     return text.strip()
 
 
@@ -198,7 +198,8 @@ def reachable_names(how: str) -> List[Name]:
 def unique(names: List[Name]) -> List[Name]:
     names = list(dict.fromkeys(names))
     if len(names) > MAX_NAMES:
-        raise Fault("%d names are too many: one certificate has room for %d" % (len(names), MAX_NAMES))
+        raise Fault("%d names are too many: one certificate has room for %d"
+                    % (len(names), MAX_NAMES))
     return names
 
 
@@ -389,9 +390,13 @@ def may_write(paths: List[str], yes: bool) -> bool:
 
 
 def key_rights(owner: Optional[str]) -> Tuple[int, int, int]:
-    """Mode, uid and gid of a file with a key. owner: USER[:GROUP], else NUT's user if there is one."""
+    """Mode, uid and gid of a file with a key.
+
+    owner: USER[:GROUP], else NUT's user if there is one.
+    """
     if owner and os.geteuid() != 0:
-        raise Fault("--owner %s: only root can give a file away; run this as root, or leave it out" % owner)
+        raise Fault("--owner %s: only root can give a file away; run this as root, or leave it out"
+                    % owner)
     if not owner:
         owner = next((user for user in NUT_USERS if find(pwd.getpwnam, user)), None)
         if not owner or os.geteuid() != 0:
@@ -399,11 +404,12 @@ def key_rights(owner: Optional[str]) -> Tuple[int, int, int]:
     user, _, group = owner.partition(":")
     account = find(pwd.getpwnam, user)
     if not account or group and not find(grp.getgrnam, group):
-        raise Fault("--owner %s: there is no such %s" % (ascii(owner), "group" if account else "user"))
+        raise Fault("--owner %s: there is no such %s"
+                    % (ascii(owner), "group" if account else "user"))
     return 0o640, 0, grp.getgrnam(group).gr_gid if group else account.pw_gid
 
 
-def find(function, key):
+def find(function: Callable[[Any], Any], key: Any) -> Any:
     """A look-up in the user or group database; None if it is not there."""
     try:
         return function(key)
@@ -423,7 +429,8 @@ def conf_folder() -> str:
     folders = [folder for folder in (os.environ.get("NUT_CONFPATH"),) + CONF_FOLDERS if folder]
     for folder in filter(os.path.isdir, folders):
         return os.path.abspath(folder)
-    raise Fault("no NUT configuration folder found (%s): name a folder with -d" % ", ".join(folders))
+    raise Fault("no NUT configuration folder found (%s): name a folder with -d"
+                % ", ".join(folders))
 
 
 # --- what is in them: DER, read by nutshim.py, never openssl's words about it ---
@@ -439,7 +446,7 @@ USES = {"2.5.29.37.0": "any use", "1.3.6.1.5.5.7.3.1": "TLS Web Server Authentic
 
 
 @functools.lru_cache(maxsize=None)
-def reader():
+def reader() -> Any:
     """nutshim.py, as a module: there is one reader of certificates, the one that serves."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "nutshim.py")
     if not os.path.isfile(path):
@@ -475,8 +482,8 @@ def read_pem(path: str) -> Pem:
         raise Fault("%s: no whole PEM file: %s" % (path, error))
     for block in blocks:
         if block.encrypted:
-            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; take it "
-                        "off: openssl pkey -in %s -out NEWFILE" % (path, path))
+            raise Fault("%s: the key has a passphrase, which nobody types when a box starts; "
+                        "take it off: openssl pkey -in %s -out NEWFILE" % (path, path))
         place = {"CERTIFICATE": pem.certs, "X509 CRL": pem.crls}.get(
             block.kind, pem.keys if block.kind.endswith("PRIVATE KEY") else [])
         lines = b"\n".join(re.findall(b".{1,64}", base64.b64encode(block.der)))
@@ -529,7 +536,7 @@ def describe_all(pem: Pem) -> List[Certificate]:
     return found
 
 
-def read_list(crl: bytes):
+def read_list(crl: bytes) -> Any:
     """A CRL's issuer and dates."""
     try:
         return reader().read_crl(der(crl))
@@ -551,7 +558,8 @@ def on_list(crl: bytes) -> Set[int]:
 
 def serial_of(cert: bytes) -> int:
     fields = signed_fields(cert)
-    return int.from_bytes(fields[1 if fields[0][0] == 0xa0 else 0][1], "big")  # the version is optional
+    has_version = fields[0][0] == 0xa0
+    return int.from_bytes(fields[has_version][1], "big")
 
 
 def signed_fields(pem: bytes) -> List[Tuple[int, bytes, bytes]]:
@@ -573,7 +581,7 @@ def key_name(public: bytes) -> str:
     return name
 
 
-def der(pem) -> bytes:
+def der(pem: Union[bytes, str]) -> bytes:
     """The bytes of a PEM block that this program or openssl has made."""
     text = pem.decode() if isinstance(pem, bytes) else pem
     return base64.b64decode("".join(text.split("-----")[2].split()))
@@ -595,13 +603,14 @@ def moment(seconds: int) -> datetime.datetime:
 
 # --- the openssl command ---
 
-NOISE = ("Using configuration from", "Check that the request matches", "Signature ok", "The Subject's")
+NOISE = ("Using configuration from", "Check that the request matches", "Signature ok",
+         "The Subject's")
 RSA = bytes.fromhex("06092a864886f70d010101")  # a public key's algorithm in DER
 GENPKEY = {"ec": "EC -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve",
            "ed25519": "ED25519", "rsa": "RSA -pkeyopt rsa_keygen_bits:%s"}
 CA_USE = "basicConstraints = critical,CA:TRUE,pathlen:0\nkeyUsage = critical,keyCertSign,cRLSign"
-LEAF_USE = ("basicConstraints = critical,CA:FALSE\nsubjectAltName = @names\nextendedKeyUsage = %sAuth\n"
-            "keyUsage = critical,digitalSignature")
+LEAF_USE = ("basicConstraints = critical,CA:FALSE\nsubjectAltName = @names\n"
+            "extendedKeyUsage = %sAuth\nkeyUsage = critical,digitalSignature")
 RSA_USE = ",keyEncipherment"  # without which NSS takes no RSA server
 CONFIG = """\
 [req]
@@ -673,7 +682,8 @@ class OpenSSL:
         return name
 
     def configure(self, subject: str = "", extensions: str = "", names: str = "") -> None:
-        self.file("openssl.cnf", CONFIG.format(subject=subject, extensions=extensions, names=names).encode())
+        text = CONFIG.format(subject=subject, extensions=extensions, names=names)
+        self.file("openssl.cnf", text.encode())
 
     def run(self, *args: str, stdin: bytes = b"", slow: bool = False) -> Tuple[int, str, str]:
         """Exit code, standard output, error text. `slow` shows a dot a second."""
@@ -688,12 +698,14 @@ class OpenSSL:
             while True:
                 try:
                     out, err = process.communicate(data, timeout=1 if slow else None)
-                    return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+                    return (process.returncode, out.decode("utf-8", "replace"),
+                            err.decode("utf-8", "replace"))
                 except subprocess.TimeoutExpired:
                     data = None  # it is on its way already
                     print(".", end="", file=sys.stderr, flush=True)
         except FileNotFoundError:
-            raise Fault("the openssl command is missing: install the package openssl (on OpenWrt openssl-util)")
+            raise Fault("the openssl command is missing: install the package openssl (on OpenWrt "
+                        "openssl-util)")
         except BaseException:
             if process:
                 process.kill()
@@ -704,16 +716,18 @@ class OpenSSL:
         """Standard output; a failure is a Fault in openssl's own words."""
         code, out, err = self.run(*args, stdin=stdin, slow=slow)
         if code != 0:
-            lines = [line for line in err.splitlines() if line.strip() and not line.startswith(NOISE)]
-            raise Fault("openssl %s failed:\n  %s" % (args[0], "\n  ".join(lines) or "exit code %d" % code))
+            lines = [line for line in err.splitlines()
+                     if line.strip() and not line.startswith(NOISE)]
+            raise Fault("openssl %s failed:\n  %s"
+                        % (args[0], "\n  ".join(lines) or "exit code %d" % code))
         return out
 
     def new_key(self, kind: str) -> bytes:
         """kind: as --key-type has it, with the bits of rsa."""
         name, _, bits = kind.partition(":")
         if bits:
-            print("Making an RSA key of %s bits; on a small box this takes minutes " % bits, end="", file=sys.stderr,
-                  flush=True)
+            print("Making an RSA key of %s bits; on a small box this takes minutes " % bits, end="",
+                  file=sys.stderr, flush=True)
         words = GENPKEY[name].replace("%s", bits).split()
         key = self("genpkey", "-algorithm", *words, slow=bool(bits)).encode()
         if bits:
@@ -730,14 +744,17 @@ class OpenSSL:
         # Behind a backslash no sign has a meaning in the configuration.
         self.configure("\n".join("%s = %s" % (field, re.sub(r"([^\w ]|_)", r"\\\1", value))
                                  for field, value in subject.items() if value), extensions,
-                       "\n".join("%s.%d = %s" % (name.kind, i, name.text) for i, name in enumerate(names)))
+                       "\n".join("%s.%d = %s" % (name.kind, i, name.text)
+                                 for i, name in enumerate(names)))
         digits = "%X" % serial
         self.file("serial", ("0" * (len(digits) % 2) + digits + "\n").encode())
         self.file("index.txt", b"")
-        request = self.file("request.pem", self("req", "-new", "-key", "/dev/stdin", stdin=key).encode())
+        request = self("req", "-new", "-key", "/dev/stdin", stdin=key).encode()
         issuer = ("-cert", self.file("issuer.pem", ca_cert)) if ca_cert else ("-selfsign",)
-        out = self("ca", "-batch", "-notext", "-preserveDN", "-in", request, "-keyfile", "/dev/stdin",
-                   "-startdate", asn1_time(start), "-enddate", asn1_time(end), *issuer, stdin=ca_key)
+        out = self("ca", "-batch", "-notext", "-preserveDN",
+                   "-in", self.file("request.pem", request), "-keyfile", "/dev/stdin",
+                   "-startdate", asn1_time(start), "-enddate", asn1_time(end), *issuer,
+                   stdin=ca_key)
         said = self("x509", "-noout", "-serial", "-pubkey", stdin=out.encode())
         if der(said) != public or not re.search("^serial=0*%X$" % serial, said, re.M):
             raise Fault("openssl ca made another certificate than it was asked for")
@@ -751,8 +768,12 @@ class OpenSSL:
                     "-cert", self.file("issuer.pem", ca_cert),
                     "-crldays", str((NO_END - now()).days), stdin=ca_key).encode()
 
-    def verify(self, cert: bytes, trust: bytes, *options: str, chain: bytes = b"") -> Dict[int, str]:
-        """OpenSSL's error numbers and their texts; none if the certificate holds. Dates do not count."""
+    def verify(self, cert: bytes, trust: bytes, *options: str,
+               chain: bytes = b"") -> Dict[int, str]:
+        """OpenSSL's error numbers and their texts; none if the certificate holds.
+
+        Dates do not count.
+        """
         if chain:
             options += ("-untrusted", self.file("chain.pem", chain))
         if trust:
@@ -830,7 +851,8 @@ class CA:
         self.ossl, self.folder = ossl, opts.d or os.path.join(conf_folder(), "nutshim")
         ossl.place = private = self.path("private")
         if not create and not os.path.exists(self.path("ca.pem")):
-            raise Fault("%s: there is no CA; make one: mkNUTcert.py ca -d %s" % (self.folder, self.folder))
+            raise Fault("%s: there is no CA; make one: mkNUTcert.py ca -d %s"
+                        % (self.folder, self.folder))
         for path in (self.folder, self.path("issued"), private):
             if create and not os.path.isdir(path):
                 with blame(path):
@@ -838,12 +860,17 @@ class CA:
                     os.chmod(path, 0o700 if path == private else 0o755)
             with blame(path):
                 info = os.stat(path)
-            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                raise Fault("%s: is %s; a CA is safe only where nobody but you can write: %s" % (
-                    path, rights(path), "run this as the one it belongs to" if info.st_uid != os.geteuid() else
-                    "chmod go-w " + path + (", or choose another folder" if create else "")))
+            cure = ""
+            if info.st_uid != os.geteuid():
+                cure = "run this as the one it belongs to"
+            elif info.st_mode & 0o022:
+                cure = "chmod go-w " + path + (", or choose another folder" if create else "")
+            if cure:
+                raise Fault("%s: is %s; a CA is safe only where nobody but you can write: %s"
+                            % (path, rights(path), cure))
         with blame(private):
-            self.lock = os.open(self.path("private/lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self.lock = os.open(self.path("private/lock"),
+                                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         for path in (self.folder, self.path("issued"), private):
             with blame(path):
@@ -913,14 +940,15 @@ class CA:
     def private(self, name: str, data: bytes) -> Output:
         return Output(self.path("private/" + name), data, 0o600)
 
-    def issue(self, role: str, subject: Dict[str, str], names: List[Name], key: bytes, start: datetime.datetime,
-              end: datetime.datetime) -> Tuple[bytes, datetime.datetime, List[Output]]:
+    def issue(self, role: str, subject: Dict[str, str], names: List[Name], key: bytes,
+              start: datetime.datetime, end: datetime.datetime
+              ) -> Tuple[bytes, datetime.datetime, List[Output]]:
         """A certificate, its end, which is the CA's if that comes first, and the CA's record of
         it, which is to be written before any file with the certificate."""
         ca_end = describe(self.cert).end
         if start >= ca_end:
-            raise Fault("%s: the CA ends on %s; make another one, in another folder: mkNUTcert.py ca -d DIR"
-                        % (self.path("ca.pem"), ca_end))
+            raise Fault("%s: the CA ends on %s; make another one, in another folder: "
+                        "mkNUTcert.py ca -d DIR" % (self.path("ca.pem"), ca_end))
         end, serial = min(end, ca_end), new_serial()
         copy = "issued/%s.%s.%X.pem" % (names[0].text[:MAX_STEM], role, serial)
         cert = self.ossl.sign(role, subject, names, key, serial, start, end, self.key, self.cert)
@@ -948,14 +976,15 @@ class CA:
         # The CA's own certificate is from this CA as well, and is never meant.
         if not pem.certs or self.ossl.verify(pem.certs[0], self.cert, "-CApath", ".") \
                 or pem.certs[0].split() == self.cert.split():
-            raise Fault("%s: does not begin with a certificate from the CA in %s" % (path, self.folder))
+            raise Fault("%s: does not begin with a certificate from the CA in %s"
+                        % (path, self.folder))
         return pem
 
 
 # --- what is made, and the messages about it ---
 
-def validity(opts: argparse.Namespace, length: Optional[datetime.timedelta] = None) -> Tuple[
-        datetime.datetime, datetime.datetime]:
+def validity(opts: argparse.Namespace, length: Optional[datetime.timedelta] = None
+             ) -> Tuple[datetime.datetime, datetime.datetime]:
     """From and until; `length` holds where neither --days nor --notAfter was given."""
     try:
         start = now() + datetime.timedelta(seconds=opts.notBefore)
@@ -969,8 +998,8 @@ def validity(opts: argparse.Namespace, length: Optional[datetime.timedelta] = No
     except OverflowError:
         start = end = NO_END
     if start.year < 1950 or end <= start:
-        raise Fault("no certificate can begin and end like that (from 1950 to 9999, and the end behind the "
-                    "beginning): check --notBefore, --notAfter, --days")
+        raise Fault("no certificate can begin and end like that (from 1950 to 9999, and the end "
+                    "behind the beginning): check --notBefore, --notAfter, --days")
     return start, end
 
 
@@ -1003,8 +1032,9 @@ def make_pair(ossl: OpenSSL, opts: argparse.Namespace) -> None:
                      opts.serialNumber or new_serial(), start, end, ca_key, ca_cert)
     write_files([Output(server, key + cert + ca_cert, *owner, fresh),
                  Output(client, ca_cert, fresh=fresh)])
-    say_made(names, end, opts.key_type, {server: "key, certificate, CA: stays on this box, secret",
-                                         client: "the CA's certificate: for the clients, no secret"})
+    say_made(names, end, opts.key_type, {
+        server: "key, certificate, CA: stays on this box, secret",
+        client: "the CA's certificate: for the clients, no secret"})
     say_shims(names, server, client, pin_of(ossl.public(key)))
 
 
@@ -1013,7 +1043,8 @@ def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     with CA(ossl, opts, create=True) as ca:
         # Not even with -y: all that the CA there has issued would be worth nothing.
         if os.path.exists(ca.path("ca.pem")):
-            raise Fault("%s: is a CA already and stays so; another one needs another folder: -d DIR" % ca.folder)
+            raise Fault("%s: is a CA already and stays so; another one needs another folder: "
+                        "-d DIR" % ca.folder)
         key = ossl.new_key(opts.key_type)
         cert = ossl.sign("ca", ca_subject(opts, own_names()[0]), [], key, new_serial(), start, end,
                          key, None)
@@ -1024,8 +1055,10 @@ def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
                      Output(ca.path("ca.pem"), cert)])
         say_made([], end, opts.key_type, {
             ca.path("ca.pem"): "the CA's certificate: `trust` on every box, no secret",
-            ca.path("crl.pem"): "what it has revoked, nothing yet: `crl` on the upsd box, no secret",
-            ca.path("private/ca-key.pem"): "the CA's key: stays here; who has it can pose as any box"})
+            ca.path("crl.pem"):
+                "what it has revoked, nothing yet: `crl` on the upsd box, no secret",
+            ca.path("private/ca-key.pem"):
+                "the CA's key: stays here; who has it can pose as any box"})
         print("\nNext:\n  mkNUTcert.py server{0}        a certificate for this box's upsd\n"
               "  mkNUTcert.py client NAME{0}   one for a client, where the server shim demands it"
               .format(" -d " + opts.d if opts.d else ""))
@@ -1067,15 +1100,18 @@ def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
             made[opts.bundle] = "the same with nutshim.conf: for %s, secret" % name.text
         write_files(outputs)
     say_made([name], end, opts.key_type, made)
-    print("\nOn the upsd box, in nutshim.conf, in the server shim's section:\n  client_certificate = require\n"
-          "  trust = %s\n  crl = %s" % (ca.path("ca.pem"), ca.path("crl.pem")))
+    print("\nOn the upsd box, in nutshim.conf, in the server shim's section:\n"
+          "  client_certificate = require\n  trust = %s\n  crl = %s"
+          % (ca.path("ca.pem"), ca.path("crl.pem")))
     if opts.bundle:
-        tar = os.path.basename(opts.bundle)
-        print("\nCarry %s to %s, and there, as root:\n  tar -xpf %s -C %s && rm %s\n%s  nutshim.py -t" % (
-            opts.bundle, name.text, tar, THERE, tar, "" if opts.upstream else "  (set upstream in nutshim.conf)\n"))
+        print("\nCarry {0} to {1}, and there, as root:\n  tar -xpf {2} -C {3} && rm {2}".format(
+            opts.bundle, name.text, os.path.basename(opts.bundle), THERE))
+        if not opts.upstream:
+            print("  (set upstream in nutshim.conf)")
+        print("  nutshim.py -t")
     else:
-        print("\nCarry %s to %s, and there, in nutshim.conf, in the client shim's section:\n  certificate = %s/%s"
-              % (path, name.text, THERE, os.path.basename(path)))
+        print("\nCarry %s to %s, and there, in nutshim.conf, in the client shim's section:\n"
+              "  certificate = %s/%s" % (path, name.text, THERE, os.path.basename(path)))
 
 
 def bundle(file_name: str, pem: bytes, ca_cert: bytes, server: Optional[str]) -> bytes:
@@ -1110,9 +1146,11 @@ def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
         # Once more is no error, and makes a new list.
         line = ca.index.get(serial) or index_line(serial, describe(cert).end, {})
         ca.publish({**ca.index, serial: as_revoked(line)})
-    print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\nNext, where it could be shown, in "
-          "nutshim.conf:\n  crl = %s\n(on the upsd box for a client's certificate, on the clients' for a server's) "
-          "and nutshim.py -c reload" % (opts.file, ca.path("crl.pem"), rights(ca.path("crl.pem")), ca.path("crl.pem")))
+    crl = ca.path("crl.pem")
+    print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\n"
+          "Next, where it could be shown, in nutshim.conf:\n  crl = %s\n"
+          "(on the upsd box for a client's certificate, on the clients' for a server's) "
+          "and nutshim.py -c reload" % (opts.file, crl, rights(crl), crl))
 
 
 def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
@@ -1120,8 +1158,10 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     with CA(ossl, opts) as ca:
         pem = ca.issued(opts.file)
         old = describe(pem.certs[0])
-        if ossl.verify(old.pem, ca.cert, "-crl_check", "-CRLfile", ossl.file("crl.pem", ca.record("crl.pem"))):
-            raise Fault("%s: is revoked; make another one: mkNUTcert.py server or client" % opts.file)
+        crl = ossl.file("crl.pem", ca.record("crl.pem"))
+        if ossl.verify(old.pem, ca.cert, "-crl_check", "-CRLfile", crl):
+            raise Fault("%s: is revoked; make another one: mkNUTcert.py server or client"
+                        % opts.file)
         if not opts.new_key and (not pem.keys or pin_of(ossl.public(pem.keys[0])) != old.pin):
             raise Fault("%s: the certificate's key is not in it; --new-key makes one" % opts.file)
         if not pem.keys and not opts.out:
@@ -1151,11 +1191,13 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     pin = pin_of(ossl.public(key))
     say_made(names, end, kind, {path: "key, certificate, CA: secret"})
     if not opts.new_key:
-        print("\nThe key is the same, and so is the pin:\n  pin = %s\nNext: nutshim.py -c reload" % pin)
+        print("\nThe key is the same, and so is the pin:\n  pin = %s\n"
+              "Next: nutshim.py -c reload" % pin)
     else:
-        print("\nThe key is new. Who knows this box by its pin needs both until it is in use:\n  pin = %s, %s\n"
-              "Next: nutshim.py -c reload\nThe certificate of before holds until it ends. If its key got into wrong "
-              "hands, revoke it; a copy is in\n  %s" % (old.pin, pin, ca.path("issued")))
+        print("\nThe key is new. Who knows this box by its pin needs both until it is in use:\n"
+              "  pin = %s, %s\nNext: nutshim.py -c reload\n"
+              "The certificate of before holds until it ends. If its key got into wrong hands, "
+              "revoke it; a copy is in\n  %s" % (old.pin, pin, ca.path("issued")))
 
 
 def say_made(names: List[Name], end: datetime.datetime, kind: str, made: Dict[str, str]) -> None:
@@ -1166,7 +1208,8 @@ def say_made(names: List[Name], end: datetime.datetime, kind: str, made: Dict[st
         if re.search("[,:] secret$", what) and os.stat(path).st_mode & 0o004:
             print("Careful: everybody on this box can read the key in it.")
     if kind == "ed25519":
-        print("Note: nutshim takes Ed25519; NUT's own TLS does not where it is built with NSS, as Debian's is.")
+        print("Note: nutshim takes Ed25519; NUT's own TLS does not where it is built with NSS, "
+              "as Debian's is.")
 
 
 def say(text: str) -> None:
@@ -1204,7 +1247,7 @@ def show(ossl: OpenSSL, opts: argparse.Namespace) -> int:
         try:
             show_file(ossl, read_pem(path))
         except Fault as fault:
-            print("mkNUTcert.py: %s" % fault, file=sys.stderr)
+            say(str(fault))
             code = 1
     return code
 
@@ -1219,15 +1262,17 @@ def show_file(ossl: OpenSSL, pem: Pem) -> None:
         print("  private key, %s, %s\n    pin:     %s" % (
             key_name(public), of[0] if of else "of no certificate in this file", pin))
     for i, cert in enumerate(certs, 1):
-        print("  certificate %d, %s\n    subject: %s\n    names:   %s\n    issuer:  %s\n    from:    %s UTC\n"
-              "    until:   %s\n    key:     %s\n    pin:     %s" % (
+        print("  certificate %d, %s\n    subject: %s\n    names:   %s\n    issuer:  %s\n"
+              "    from:    %s UTC\n    until:   %s\n    key:     %s\n    pin:     %s" % (
                   i, "of a CA" if cert.is_ca else "for " + (cert.uses or "any use"), cert.subject,
-                  ", ".join(cert.names) or "none", "itself" if cert.issuer == cert.subject else cert.issuer,
+                  ", ".join(cert.names) or "none",
+                  "itself" if cert.issuer == cert.subject else cert.issuer,
                   cert.start, until(cert.end), cert.key, cert.pin))
     for crl in pem.crls:
         found = read_list(crl)
-        print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n    until:   %s" % (
-            found.issuer, moment(found.not_before), until(moment(found.not_after))))
+        print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n"
+              "    until:   %s" % (found.issuer, moment(found.not_before),
+                                   until(moment(found.not_after))))
 
 
 def until(end: datetime.datetime) -> str:
@@ -1244,8 +1289,10 @@ def until(end: datetime.datetime) -> str:
 Faults = Iterator[Tuple[str, str]]  # what is wrong, what to do
 
 NEEDS_CA = "name the file of the CA that issued it: --trust FILE"
+# OpenSSL's X509_V_ERR_ numbers.
+REVOKED = 23
 NO_CA = (2, 20, 21)
-CURES = {  # by OpenSSL's X509_V_ERR_ numbers
+CURES = {
     2: NEEDS_CA, 19: NEEDS_CA, 20: NEEDS_CA, 21: NEEDS_CA,
     18: "make one with a CA: mkNUTcert.py; or name it itself: --trust FILE",
     26: "it was made for another use; make one: mkNUTcert.py server or client",
@@ -1254,7 +1301,10 @@ CURES = {  # by OpenSSL's X509_V_ERR_ numbers
 
 def check(ossl: OpenSSL, opts: argparse.Namespace) -> int:
     found = 0
-    for title, role, paths in ([("", "", opts.files)] if opts.files else []) + (read_conf(opts.f) if opts.f else []):
+    groups = [("", "", opts.files)] if opts.files else []
+    if opts.f:
+        groups += read_conf(opts.f)
+    for title, role, paths in groups:
         if title:
             print("[%s]" % title)
         found += check_group(ossl, opts, paths, role)
@@ -1287,7 +1337,8 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
             files.append((pem, describe_all(pem)))
         except Fault as fault:
             what, _, cure = str(fault).partition("; ")
-            found.append((path, what.replace(path + ": ", ""), cure or "name the right file, or make it again"))
+            found.append((path, what.replace(path + ": ", ""),
+                          cure or "name the right file, or make it again"))
     own = [cert for _, certs in files for cert in certs]
     known = list(own)
     known += [cert for path in opts.trust for cert in describe_all(read_pem(path))]
@@ -1304,18 +1355,21 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
             pin = pin_of(ossl.public(key))
             of_ca = any(cert.is_ca and cert.pin == pin for cert in known)
             if pin not in [cert.pin for cert in certs[:1] or known]:
-                faults.append(("the key is not that of the " + ("first certificate" if certs else "certificates here"),
+                other = "first certificate" if certs else "certificates here"
+                faults.append(("the key is not that of the " + other,
                                "bring the two that were made together, own certificate first"))
         faults += check_rights(pem, of_ca)
         for cert in certs:
             faults += check_dates(pem.path, cert)
         if certs and not certs[0].is_ca:
-            faults += check_chain(ossl, opts, certs, trust, b"".join(crls), role if pem.keys else "")
+            faults += check_chain(ossl, opts, certs, trust, b"".join(crls),
+                                  role if pem.keys else "")
         for crl in pem.crls:
             faults += check_crl(ossl, crl, trust)
         for cert in certs:
             if cert.is_ca and cert.issuer == cert.subject:
-                faults += [("%s: %s" % (cert.subject, text), "make a CA that keeps to RFC 5280: mkNUTcert.py ca")
+                faults += [("%s: %s" % (cert.subject, text),
+                            "make a CA that keeps to RFC 5280: mkNUTcert.py ca")
                            for text in ossl.verify(cert.pem, cert.pem, "-x509_strict").values()]
         found += [(pem.path,) + fault for fault in faults]
         if not faults:
@@ -1360,21 +1414,24 @@ def check_rights(pem: Pem, of_ca: bool) -> Faults:
         yield "not only its owner can read the CA's key: " + rights(path), "chmod 600 " + path
     elif user and not of_ca and info.st_uid == 0 and not info.st_mode & 0o004 and not (
             info.st_mode & 0o040 and info.st_gid == user.pw_gid):
-        yield ("NUT's user %s cannot read it, so a reload would fail: %s" % (user.pw_name, rights(path)),
+        yield ("NUT's user %s cannot read it, so a reload would fail: %s"
+               % (user.pw_name, rights(path)),
                "chgrp %d %s && chmod g+r %s" % (user.pw_gid, path, path))
 
 
 def check_dates(path: str, cert: Certificate) -> Faults:
     if cert.end < now():
         yield ("%s: expired on %s UTC" % (cert.subject, cert.end),
-               "make another CA, in another folder, and from it new certificates: mkNUTcert.py ca -d DIR"
-               if cert.is_ca else "mkNUTcert.py renew %s, or make it again" % path)
+               "make another CA, in another folder, and from it new certificates: "
+               "mkNUTcert.py ca -d DIR" if cert.is_ca
+               else "mkNUTcert.py renew %s, or make it again" % path)
     if cert.start > now():
-        yield "%s: not valid before %s UTC" % (cert.subject, cert.start), "set this box's clock, or wait"
+        yield ("%s: not valid before %s UTC" % (cert.subject, cert.start),
+               "set this box's clock, or wait")
 
 
-def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate], trust: bytes, crls: bytes,
-                role: str) -> Faults:
+def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate], trust: bytes,
+                crls: bytes, role: str) -> Faults:
     own = certs[0]
     chain = b"".join(cert.pem for cert in certs[1:])
     errors = {use: ossl.verify(own.pem, trust, "-x509_strict", "-purpose", "ssl" + use, chain=chain)
@@ -1386,13 +1443,18 @@ def check_chain(ossl: OpenSSL, opts: argparse.Namespace, certs: List[Certificate
                         % certs[-1].issuer)
             yield ("%s: %s" % (own.subject, text),
                    CURES.get(number, "make a certificate that keeps to RFC 5280: mkNUTcert.py"))
-    if crls and 23 in ossl.verify(own.pem, trust, "-crl_check", "-CRLfile", ossl.file("crls.pem", crls), chain=chain):
+    if crls and REVOKED in ossl.verify(own.pem, trust, "-crl_check",
+                                       "-CRLfile", ossl.file("crls.pem", crls), chain=chain):
         yield "%s: is revoked" % own.subject, "make another one: mkNUTcert.py server or client"
-    for host in opts.hosts if not errors["server"] or all(errors.values()) else ():  # not for a client's certificate
+    if errors["server"] and not errors["client"]:
+        return  # Nobody looks for a host's name in a client's certificate.
+    for host in opts.hosts:
         option = "-verify_hostname" if host.kind == "DNS" else "-verify_ip"
         if ossl.verify(own.pem, own.pem, "-partial_chain", option, host.text):
-            yield ("%s: is for %s, not for %s" % (own.subject, ", ".join(own.names) or "no name", host.text),
-                   "on the clients set server_name to one of its names, or make one with %s in it" % host.text)
+            yield ("%s: is for %s, not for %s"
+                   % (own.subject, ", ".join(own.names) or "no name", host.text),
+                   "on the clients set server_name to one of its names, or make one with %s in it"
+                   % host.text)
 
 
 def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
@@ -1418,15 +1480,16 @@ def check_crl(ossl: OpenSSL, crl: bytes, trust: bytes) -> Faults:
 def key_type(text: str) -> str:
     match = re.fullmatch("ec|ed25519|rsa(:[0-9]{1,5})?", text)
     if not match or match.group(1) and not RSA_BITS[0] <= int(match.group(1)[1:]) <= RSA_BITS[1]:
-        raise argparse.ArgumentTypeError("%s: expected ec, ed25519, rsa or rsa:BITS with %d to %d bits"
-                                         % ((ascii(text[:80]),) + RSA_BITS))
+        raise argparse.ArgumentTypeError("%s: expected ec, ed25519, rsa or rsa:BITS with "
+                                         "%d to %d bits" % ((ascii(text[:80]),) + RSA_BITS))
     return "rsa:3072" if text == "rsa" else text
 
 
-def whole(low: int, high: int):
+def whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,60}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError("%s: expected a number from %d to %d" % (ascii(text[:80]), low, high))
+            raise argparse.ArgumentTypeError("%s: expected a number from %d to %d"
+                                             % (ascii(text[:80]), low, high))
         return int(text)
     return parse
 
@@ -1442,17 +1505,27 @@ COMMANDS = {
 }
 
 
+OWN_NAMES = "this host's name, full name, localhost, 127.0.0.1, ::1"
+
+
 def parser_for(command: str) -> argparse.ArgumentParser:
-    """Each command has a parser of its own; "" is the default action with the older tool's options."""
+    """Each command has a parser of its own; "" is the default action with the older tool's
+    options."""
     parser = argparse.ArgumentParser(
-        prog=("mkNUTcert.py " + command).strip(), formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=COMMANDS[command][1] if command else "Make a server's certificate for NUT over TLS, and the file "
-        "by which its clients know it.", epilog=None if command else "commands, each with its own -h:\n" + "\n".join(
-            "  %-8s %s" % (name, text) for name, (_, text) in COMMANDS.items()))
+        prog=("mkNUTcert.py " + command).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    if command:
+        parser.description = COMMANDS[command][1]
+    else:
+        parser.description = ("Make a server's certificate for NUT over TLS, and the file by which "
+                              "its clients know it.")
+        parser.epilog = "commands, each with its own -h:\n" + "\n".join(
+            "  %-8s %s" % (name, text) for name, (_, text) in COMMANDS.items())
     add = parser.add_argument
     add("-v", "--version", action="version", version="mkNUTcert.py " + VERSION)
     if command != "show":
-        add("-d", metavar="DIR", help="the CA's folder (default: nutshim in NUT's configuration folder)" if command
+        add("-d", metavar="DIR",
+            help="the CA's folder (default: nutshim in NUT's configuration folder)" if command
             else "folder for the two files (default: NUT's configuration folder)")
     if command in ("show", "check"):
         add("files", metavar="FILE", nargs="+" if command == "show" else "*")
@@ -1460,16 +1533,19 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         add("-f", metavar="CONF", help="check the files that this nutshim.conf names")
         add("--for", metavar="HOST", dest="hosts", type=host_name, action="append", default=[],
             help="must hold for this name or address (repeat for more)")
-        add("--trust", metavar="FILE", action="append", default=[], help="CA to trust (repeat for more)")
+        add("--trust", metavar="FILE", action="append", default=[],
+            help="CA to trust (repeat for more)")
     if command in ("revoke", "renew"):
         add("file", metavar="FILE", help="PEM file with the certificate, or its copy in issued/")
     if command == "server":
         add("names", metavar="NAME", nargs="*", type=host_name,
-            help="host names and addresses (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
+            help="host names and addresses (default: %s)" % OWN_NAMES)
     if command == "client":
         add("name", metavar="NAME", type=host_name, help="the client's host name")
-        add("--bundle", metavar="FILE.tar", help="one file to carry there: certificate, CA, nutshim.conf")
-        add("--upstream", metavar="HOST[:PORT]", type=upstream, help="the server shim, for that nutshim.conf")
+        add("--bundle", metavar="FILE.tar",
+            help="one file to carry there: certificate, CA, nutshim.conf")
+        add("--upstream", metavar="HOST[:PORT]", type=upstream,
+            help="the server shim, for that nutshim.conf")
     if command in ("server", "client", "renew"):
         add("-o", "--out", metavar="FILE", help="file to write (default: %s)" % (
             "the same file" if command == "renew" else "NAME.%s.pem in the CA's folder" % command))
@@ -1477,27 +1553,36 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         add("-y", action="store_true", help="replace files that exist, without a question")
         if command == "renew":
             add("--new-key", action="store_true", help="with a new key")
-        add("--key-type", metavar="TYPE", type=key_type, default=None if command == "renew" else "ec",
-            help="ec (P-256), rsa, rsa:BITS, ed25519 (default: %s)" % ("as before" if command == "renew" else "ec"))
-        add("--notBefore", metavar="SECONDS", type=whole(-10 ** 12, 10 ** 12), default=0, help="begin, from now (0)")
+        add("--key-type", metavar="TYPE", type=key_type,
+            default=None if command == "renew" else "ec",
+            help="ec (P-256), rsa, rsa:BITS, ed25519 (default: %s)"
+            % ("as before" if command == "renew" else "ec"))
+        add("--notBefore", metavar="SECONDS", type=whole(-10 ** 12, 10 ** 12), default=0,
+            help="begin, from now (0)")
         end = parser.add_mutually_exclusive_group()
         end.add_argument("--notAfter", metavar="SECONDS", type=whole(-10 ** 12, 10 ** 12),
                          help="end, from now; 0: without an end, 99991231235959Z (default: %s)"
                          % ("as long as before" if command == "renew" else "0"))
-        end.add_argument("--days", metavar="N", type=whole(1, 10 ** 7), help="end, in days from the beginning")
+        end.add_argument("--days", metavar="N", type=whole(1, 10 ** 7),
+                         help="end, in days from the beginning")
     if command in ("", "server", "client", "renew"):
-        add("--owner", metavar="USER[:GROUP]", help="whose group may read the key (default: NUT's user's)")
+        add("--owner", metavar="USER[:GROUP]",
+            help="whose group may read the key (default: NUT's user's)")
     if command in ("", "ca", "server", "client"):
-        add("-C", "--countryName", metavar="XX", type=country, default="FR", help="country (default: FR)")
+        add("-C", "--countryName", metavar="XX", type=country, default="FR",
+            help="country (default: FR)")
         add("-O", "--organisationName", metavar="TEXT", type=dn_text, default="Network UPS Tools",
             help="organisation (default: Network UPS Tools)")
-        add("-OU", "--organisationUnitName", metavar="TEXT", type=dn_text, default="", help="its unit (default: none)")
+        add("-OU", "--organisationUnitName", metavar="TEXT", type=dn_text, default="",
+            help="its unit (default: none)")
     if command == "":
-        add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list, help="host names and addresses, "
-            "separated by blanks (default: this host's name, full name, localhost, 127.0.0.1, ::1)")
+        add("-SAN", "--subjectAltName", metavar='"NAME NAME ..."', type=host_list,
+            help="host names and addresses, separated by blanks (default: %s)" % OWN_NAMES)
         add("--serialNumber", metavar="INT", type=whole(1, 2 ** 159 - 1), help="(default: random)")
-        add("-s", "--servercertfile", metavar="FILE", help="the server's file (default: HOSTNAME.cert.pem)")
-        add("-c", "--clientcertfile", metavar="FILE", help="the clients' file (default: HOSTNAME-client.cert.pem)")
+        add("-s", "--servercertfile", metavar="FILE",
+            help="the server's file (default: HOSTNAME.cert.pem)")
+        add("-c", "--clientcertfile", metavar="FILE",
+            help="the clients' file (default: HOSTNAME-client.cert.pem)")
     return parser
 
 

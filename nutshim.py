@@ -3752,6 +3752,82 @@ class Listener(Connection):
         return False
 
 
+# What lets a socket bind to an address that may come later, a VPN's or a tentative one of IPv6 at
+# boot; the socket module lacks these names: IPV6_FREEBIND, IP_FREEBIND; IPV6_BINDANY, IP_BINDANY.
+_BIND_ABSENT = {"linux": ((socket.IPPROTO_IPV6, 78), (socket.IPPROTO_IP, 15)),
+                "freebsd": ((socket.IPPROTO_IPV6, 64), (socket.IPPROTO_IP, 24))
+                }.get(sys.platform.rstrip("0123456789"), ())
+
+
+def listen_keys(conf: Conf) -> list:
+    """The addresses that listen names: (family, address, the shim's name if any port will do)."""
+    keys: dict = {}
+    for host, port in conf.listen:
+        try:
+            for where in ("0.0.0.0", "::") if host == "*" else (host,):
+                keys.update(((family, address, "" if port else conf.name), None)
+                            for family, address in look_up(where, port))
+        except OSError as error:
+            raise ConfigError(f"{conf.at('listen')}{host}: {error.strerror}") from None
+    return list(keys)
+
+
+def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.socket]:
+    """A bound socket, one of those handed over if it fits; None where the machine lacks the whole
+    family; ConfigError."""
+    family, address, _ = key
+    for sock in handed_over:
+        if sock.family == family and sock.getsockname()[:2] == address[:2]:
+            handed_over.remove(sock)
+            tune(sock)
+            return sock
+    sock = None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        tune(sock)                              # Accepted sockets inherit it.
+        for level, option in _BIND_ABSENT:
+            try:
+                sock.setsockopt(level, option, 1)
+            except OSError:
+                pass                            # The other family's, or for root only.
+        sock.bind(address)
+        return sock
+    except OSError as error:
+        if sock:
+            sock.close()
+        if family == socket.AF_INET6 and error.errno == errno.EAFNOSUPPORT:
+            return None
+        if address[0] in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL:
+            return None                         # IPv6 is switched off.
+        hint = {errno.EACCES: "; below 1024 a port needs root at the start",
+                errno.EADDRINUSE: "; another program has it"}.get(error.errno, "")
+        raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint}") from None
+
+
+def is_absent(family: int, address: tuple) -> bool:
+    """Whether this machine does not have that address (yet); one without IPv6 lacks no ::1."""
+    if address[0] in ("::", "::1"):
+        return False
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.bind((address[0], 0) + address[2:])
+    except OSError as error:
+        return error.errno == errno.EADDRNOTAVAIL
+    return False
+
+
+def absent_addresses(conf: Conf) -> list:
+    """A warning for each address of listen that this machine does not have."""
+    try:
+        return [f"{conf.at('listen')}{address[0]}: this machine has no such address (yet)"
+                for family, address, _ in listen_keys(conf) if is_absent(family, address)]
+    except ConfigError as fault:
+        return [str(fault)]
+
+
 # --- Status and control: both ends of the status socket ------------------------------------------
 
 
@@ -3766,13 +3842,13 @@ def status_data(daemon: Daemon) -> dict:
 
 
 def _status_of_shim(daemon, shim):
-    conf, shared = shim.conf, shim.shared
-    listeners = [each for each in daemon.listeners.values() if each.shim is shim]
+    conf = shim.conf
+    bound = [(each.sock.family, each.sock.getsockname())
+             for each in daemon.listeners.values() if each.shim is shim]
     status = {
         "name": shim.name, "role": conf.role,
-        "listen": [address_text(each.sock.getsockname()) for each in listeners],
-        "absent": [address_text(each.sock.getsockname()) for each in listeners
-                   if is_absent(each.sock.family, each.sock.getsockname())],
+        "listen": [address_text(each[1]) for each in bound],
+        "absent": [address_text(each[1]) for each in bound if is_absent(*each)],
         "upstream": [{"address": target.text, "state": target.fault or "ok",
                       "failed_at": int(target.failed_at)} for target in shim.targets],
         "certificates": [{"what": each.what, "days_left": days_left(each),
@@ -3782,6 +3858,7 @@ def _status_of_shim(daemon, shim):
         "sessions_total": shim.counts["total"], "upstream_own": shim.counts["own"],
         "refused": dict(shim.refused)}
     if not shim.server:
+        shared = shim.shared
         status["shared"] = {
             "up_since": int(shared.up_since), "round_trip_ms": round(shim.round_trip * 1000, 1),
             "asked": shared.asked, "asked_again": shared.asked_again, "given_up": shared.ended}
@@ -3806,8 +3883,8 @@ def _time_text(seconds):
 
 def status_table(data: dict) -> str:
     """What a person reads."""
-    lines = ["nutshim {version}, process {pid}, up {seconds} s, configuration {config} of ".format(
-        **data) + _time_text(data["loaded"])]
+    lines = [f"nutshim {data['version']}, process {data['pid']}, up {data['seconds']} s, "
+             f"configuration {data['config']} of {_time_text(data['loaded'])}"]
     for shim in data["shims"]:
         lines.append(f"[{shim['name']}] {shim['role']}, listening on {', '.join(shim['listen'])}")
         lines += [f"    warning: this machine has no address {address.rpartition(':')[0]} (yet)"
@@ -3816,19 +3893,20 @@ def status_table(data: dict) -> str:
             when = f", last failed {_time_text(target['failed_at'])}" if target["failed_at"] else ""
             lines.append(f"    upstream {target['address']}: {target['state']}{when}")
         lines += [f"    {each['what']} {each['holds']}" for each in shim["certificates"]]
-        lines.append("    sessions {sessions} now, {sessions_total} since start; upstream sessions of "
-                     "their own: {upstream_own}".format(**shim))
+        lines.append(f"    sessions {shim['sessions']} now, {shim['sessions_total']} since start; "
+                     f"upstream sessions of their own: {shim['upstream_own']}")
         shared = shim.get("shared")
         if shared:
             up = f"up since {_time_text(shared['up_since'])}" if shared["up_since"] else "down"
             why = f"; last given up: {shared['given_up']}" if shared["given_up"] else ""
             lines.append(f"    shared session {up}, round trip {shared['round_trip_ms']} ms, "
                          f"{shared['asked']} questions, {shared['asked_again']} asked again{why}")
-        lines += [f"    refused {count}: {reason}" for reason, count in sorted(shim["refused"].items())]
-    columns = ("number", "shim", "peer", "seconds", "state", "tls", "upstream", "class", "user",
-               "ups", "bytes_in", "bytes_out", "identity")
-    rows = [columns] + [tuple(str(session[column]) for column in columns[:-1])
-                        + (", ".join(session["identity"]),) for session in data["sessions"]]
+        lines += [f"    refused {count}: {why}" for why, count in sorted(shim["refused"].items())]
+    rows = [("number", "shim", "peer", "seconds", "state", "tls", "upstream", "class", "user",
+             "ups", "bytes_in", "bytes_out", "identity")]
+    for session in data["sessions"]:
+        shown = dict(session, identity=", ".join(session["identity"]))
+        rows.append(tuple(str(shown[column]) for column in rows[0]))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
 
@@ -3846,6 +3924,7 @@ METRICS = {                                 # name: (type, help), in the order o
     "upstream_up": ("gauge", "1 if the last attempt at this upstream worked"),
     "certificate_days_left": ("gauge", "days until a certificate or revocation list ends, or +Inf"),
 }
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
 def status_prometheus(data: dict) -> str:
@@ -3853,9 +3932,8 @@ def status_prometheus(data: dict) -> str:
     series = {name: {} for name in METRICS}             # {labels: value}: none stands twice
 
     def metric(name, value, **labels):
-        def escaped(text):
-            return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        pairs = ",".join(f'{label}="{escaped(text)}"' for label, text in labels.items())
+        pairs = ",".join(f'{label}="{text.translate(_LABEL_ESCAPES)}"'
+                         for label, text in labels.items())
         key = f"{{{pairs}}}" if pairs else ""
         value = float("inf") if value is None else int(value)
         series[name][key] = min(value, series[name].get(key, value))
@@ -3890,34 +3968,39 @@ def control_path(conf: Conf) -> str:
     return os.path.splitext(conf.pidfile)[0] + ".sock"
 
 
-class Control:
+class Control(Connection):
     """The daemon's end: one word in, its answer out."""
+    __slots__ = ("daemon",)
 
-    def __init__(self, daemon: Daemon, path: str):
-        self._daemon = daemon
-        if os.path.lexists(path):
-            os.unlink(path)                     # A killed daemon's: the pidfile's lock is ours.
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)
+    def __init__(self, daemon: Daemon):
+        path = control_path(daemon.conf)
         try:
-            sock.bind(path)
-        finally:
-            os.umask(mask)
+            if os.path.lexists(path):
+                os.unlink(path)                 # A killed daemon's: the pidfile's lock is ours.
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            mask = os.umask(0o177)
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(mask)
+        except OSError as error:
+            raise daemon.conf.error("pidfile", path, error) from None
         sock.listen(8)
         sock.setblocking(False)
-        self._listener = Connection(daemon.loop, sock, None, self._accept)
+        super().__init__(daemon.loop, sock, None, self._accept)
+        self.daemon = daemon
 
     def _accept(self):
         try:
-            sock = self._listener.sock.accept()[0]
+            sock = self.sock.accept()[0]
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError:                         # Out of descriptors: asked again in a second.
-            self._listener.want(0)
-            Timer(self._daemon.loop, 1, lambda: self._listener.want(READ))
+            self.want(0)
+            Timer(self.loop, 1, lambda: self.want(READ))
             return
         sock.setblocking(False)
-        conn = Connection(self._daemon.loop, sock)
+        conn = Connection(self.loop, sock)
         conn.on_read = functools.partial(self._read, conn)
         conn.want(READ)
 
@@ -3929,7 +4012,7 @@ class Control:
         conn.on_write = conn.close
         answer = "ERR\nan internal error, which the log tells"
         try:
-            answer = self._daemon.request(data.decode("ascii", "replace").strip())
+            answer = self.daemon.request(data.decode("ascii", "replace").strip())
         finally:
             conn.send(answer.encode())
             if not conn.out:
@@ -3962,11 +4045,10 @@ def control(word: str, conf: Conf, form: Optional[str]) -> int:
         else:
             text = status_prometheus(data) if form else status_table(data)
     print(text, file=sys.stderr if status else sys.stdout)
-    deadline = time.monotonic() + STOP_GRACE + 3
-    while word == "stop" and status == 0 and time.monotonic() < deadline:
-        if ask_daemon(conf, "")[1].startswith("no "):
-            break
-        time.sleep(0.05)
+    if status == 0 and word == "stop":
+        deadline = time.monotonic() + STOP_GRACE + 3
+        while time.monotonic() < deadline and not ask_daemon(conf, "")[1].startswith("no "):
+            time.sleep(0.05)
     return status
 
 
@@ -3988,12 +4070,10 @@ class Probe:
         self._name = shim.name_for(target).decode()
         self._step = "resolve"
         self._worked = False
-        self._task: Any = None
+        self._task = Task(self._loop, self, self._steps(), self._done)
 
     def run(self) -> bool:
-        self._loop.finished = False
-        self._task = Task(self._loop, self, self._steps(), self._done)
-        self._loop.now = time.monotonic()
+        self._loop.finished, self._loop.now = False, time.monotonic()
         self._task.start()
         self._loop.run()
         return self._worked
@@ -4012,9 +4092,8 @@ class Probe:
 
     async def _steps(self):
         shim, target, conf = self._shim, self._target, self._shim.conf
-        job = functools.partial(look_up, target.host, target.port)
         limit = self._limit()
-        found = await in_thread(self._loop, job)
+        found = await in_thread(self._loop, lambda: look_up(target.host, target.port))
         self._say("resolve", f"{target.host}: {', '.join(address_text(each) for _, each in found)}")
         for number, (family, address) in enumerate(found, 1):
             try:
@@ -4042,26 +4121,26 @@ class Probe:
         try:
             for command in (b"VER\n", b"LIST UPS\n"):
                 self._step = "upsd"
-                await self._ask(conn, command)
+                for line in (await self._answer(conn, command)).splitlines():
+                    self._say("upsd", printable(line))
         finally:
             conn.close()
             self._loop.timed.discard(limit)
 
-    async def _ask(self, conn, command):
+    async def _answer(self, conn, command):
         conn.send(command)
-        replies, answer, ends = Replies(), b"", []
         word = command.decode().strip()
+        replies, answer, ends = Replies(), b"", []
         while not ends:
             data = await received(conn)
             if not data:
-                raise ProtocolError(Reason.UPSTREAM, conn.fault or f"closed before it answered {word}"
-                                    ": does upsd run there? The server shim's log tells")
+                raise ProtocolError(Reason.UPSTREAM, conn.fault or "closed before it answered "
+                                    f"{word}: does upsd run there? The server shim's log tells")
             answer, ends = answer + data, replies.feed(data)
         if answer.startswith(b"ERR"):
             raise ProtocolError(Reason.UPSTREAM, f"{word} was answered with "
                                 f"'{printable(answer.strip())}': what does permit say there?")
-        for line in answer.splitlines():
-            self._say("upsd", printable(line))
+        return answer
 
     async def _stranger(self, family, address):
         """Whose certificate was refused: a second connection, on which nothing is said."""
@@ -4082,15 +4161,15 @@ class Probe:
 
     def _done(self, _result, error):
         self._loop.finished, self._worked = True, error is None
+        if not error:
+            return
         if isinstance(error, Late):
             words = f"no answer within {self._shim.conf.handshake_timeout} s"
         elif isinstance(error, ProtocolError):
-            pin = self._step == "pin"
-            words = f"{error}, which pin does not name" if pin else str(error)
-        elif error:
+            words = str(error) + ", which pin does not name" * (self._step == "pin")
+        else:
             words = tls_error(error, self._name)
-        if error:
-            self._say(self._step, f"FAILED with {self._target.text}: {words}")
+        self._say(self._step, f"FAILED with {self._target.text}: {words}")
 
 
 # --- Process: pidfile, user, descriptors, service manager ----------------------------------------
@@ -4100,15 +4179,10 @@ def prepare_process() -> None:
     """Standard descriptors are open, no others but those that a service manager handed over."""
     open_standard()
     try:
-        inherited = [int(name) for name in os.listdir("/proc/self/fd")]
+        highest = max(map(int, os.listdir("/proc/self/fd")))
     except OSError:
-        inherited = list(range(256))
-    for fd in inherited:
-        if fd >= 3 + handed_over_count():
-            try:
-                os.close(fd)
-            except OSError:
-                pass
+        highest = 255
+    os.closerange(handed_over().stop, highest + 1)
     try:
         with open("/proc/self/comm", "w") as file:
             file.write("nutshim")
@@ -4116,30 +4190,76 @@ def prepare_process() -> None:
         pass
 
 
-def handed_over_count() -> int:
-    """How many sockets systemd has opened, from descriptor 3 on (sd_listen_fds(3))."""
+def handed_over() -> range:
+    """The descriptors of sockets that systemd has opened (sd_listen_fds(3))."""
     ours = os.environ.get("LISTEN_PID") == str(os.getpid())
-    return int(os.environ.get("LISTEN_FDS", "0")) if ours else 0
+    return range(3, 3 + (int(os.environ.get("LISTEN_FDS", "0")) if ours else 0))
 
 
 def raise_descriptor_limit(max_sessions: int) -> int:
     """Room for so many sessions, two descriptors each; how many there is room for."""
-    if os.sysconf("SC_OPEN_MAX") >= 2 * max_sessions + SPARE_DESCRIPTORS:
+    wanted = 2 * max_sessions + SPARE_DESCRIPTORS
+    if not 0 <= os.sysconf("SC_OPEN_MAX") < wanted:     # -1: no limit
         return max_sessions
     import resource                             # It costs 0.2 MB.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * max_sessions + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        for limit in ((wanted, max(wanted, hard)), (min(wanted, hard), hard)):
-            try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-                break
-            except (OSError, ValueError):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for limits in ((wanted, max(wanted, hard)), (min(wanted, hard), hard)):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            break
+        except (OSError, ValueError):
+            pass
+    room = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS) // 2
+    return min(max_sessions, max(1, room))
+
+
+def closed_steps(path: str, account: pwd.struct_passwd) -> list:
+    """What closes a file to an account without other groups: [(folder or file, commands)].
+
+    The permission bits of each folder on the way, behind links too, and of the file count. The
+    commands, followed literally, open it for the account's group.
+    """
+    found, here, todo, links = [], "/", os.path.abspath(path).split("/"), 0
+    while True:
+        try:
+            info = os.lstat(here)
+            if stat.S_ISLNK(info.st_mode) and links < 40:               # MAXSYMLINKS of Linux
+                links += 1
+                todo = os.readlink(here).split("/") + todo
+                here = "/" if todo[0] == "" else os.path.dirname(here)
                 continue
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft == resource.RLIM_INFINITY:
-        return max_sessions
-    return min(max_sessions, max(1, (soft - SPARE_DESCRIPTORS) // 2))
+        except OSError:
+            return found                                # It is not there, or is not ours to see.
+        todo = [part for part in todo if part not in ("", ".")]
+        folder = stat.S_ISDIR(info.st_mode)
+        need = "x" * folder if todo else "r" + "x" * folder
+        who = "g" if info.st_gid == account.pw_gid else "o"
+        who = "u" if info.st_uid == account.pw_uid else who
+        bits = info.st_mode >> 3 * "ogu".index(who)
+        lacks = "".join(letter for letter in need if not bits & {"r": 4, "x": 1}[letter])
+        if lacks and here not in [place for place, _ in found]:
+            # Another owner's file is opened by way of its group, whose bits then count.
+            cures = [f"chgrp {account.pw_gid} {here}"] * (who == "o") + [f"chmod g+{need} {here}"]
+            found.append((here, [f"chmod u+{lacks} {here}"] if who == "u" else cures))
+        if not todo:
+            return found
+        part = todo.pop(0)
+        here = os.path.dirname(here) if part == ".." else os.path.join(here, part)
+
+
+def _is_only(uid, gid):
+    """This process has that user and group alone, and cannot go back."""
+    users, groups = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
+    if hasattr(os, "getresuid"):
+        users, groups = set(os.getresuid()), set(os.getresgid())
+    elif uid:
+        try:
+            os.seteuid(0)                       # macOS, NetBSD: a saved uid of root would allow it.
+            return False
+        except OSError:
+            pass
+    # Up to FreeBSD 14 getgroups() names the effective group as well.
+    return users == {uid} and groups == {gid} and set(os.getgroups()) <= {gid}
 
 
 class Process:
@@ -4147,11 +4267,8 @@ class Process:
 
     def __init__(self, log: Log):
         self._log = log
-        self._pidfile = self._notify = None
-
-    @property
-    def has_pidfile(self) -> bool:
-        return self._pidfile is not None
+        self.pidfile: Optional[int] = None      # Its descriptor, once it is locked.
+        self._notify = None
 
     def lock_pidfile(self, conf: Conf, uid: int) -> None:
         """The lock, not the file, tells whether nutshim runs, so a stale file does no harm.
@@ -4159,7 +4276,6 @@ class Process:
         ConfigError, also when nutshim runs already.
         """
         path = conf.pidfile
-        fd = None
         try:
             fd = open_own(path, os.O_RDWR, 0o644, uid)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4171,22 +4287,22 @@ class Process:
                               f"{number}") from None
         except OSError as error:
             raise conf.error("pidfile", path, error) from None
-        self._pidfile = fd
+        self.pidfile = fd
 
     def remove_files(self, conf: Conf) -> None:
-        if self._pidfile is not None:
-            os.ftruncate(self._pidfile, 0)
+        if self.pidfile is not None:
+            os.ftruncate(self.pidfile, 0)
             for path in (conf.pidfile, control_path(conf)):
                 try:
                     os.unlink(path)
                 except OSError:
                     pass                        # In /run only root may: an empty file stays.
 
-    def drop_privileges(self, conf: Conf, account) -> None:
+    def drop_privileges(self, conf: Conf, account: Optional[pwd.struct_passwd]) -> None:
         """chroot, then the account's user and group, and no others; ConfigError."""
         at = conf.at("user")
         try:
-            if account and self._pidfile is not None:
+            if account and self.pidfile is not None:
                 os.lchown(control_path(conf), account.pw_uid, account.pw_gid)
             if account and self._log.fd > 2:
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
@@ -4197,9 +4313,8 @@ class Process:
             os.chdir("/")
             if not account:
                 return
-            # While nothing is closed to us.
-            files = dict.fromkeys(path for shim in conf.shims for path in [conf.path] + shim.files())
-            closed = {path: closed_steps(path, account) for path in files}
+            closed = {path: closed_steps(path, account)     # While nothing is closed to us.
+                      for shim in conf.shims for path in [conf.path] + shim.files()}
             at = conf.at("user") + account.pw_name + ": "
             os.setgroups([])
             os.setgid(account.pw_gid)
@@ -4238,115 +4353,20 @@ class Process:
                 pass
 
 
-def _is_only(uid, gid):
-    """This process has that user and group alone, and cannot go back."""
-    ids = [os.getuid(), os.geteuid()], [os.getgid(), os.getegid()]
-    if hasattr(os, "getresuid"):
-        ids = list(os.getresuid()), list(os.getresgid())
-    elif uid:
-        try:
-            os.seteuid(0)                       # macOS, NetBSD: a saved uid of root would allow it.
-            return False
-        except OSError:
-            pass
-    # Up to FreeBSD 14 getgroups() names the effective group as well.
-    return set(ids[0]) == {uid} and set(ids[1]) == {gid} and set(os.getgroups()) <= {gid}
-
-
 # --- Daemon --------------------------------------------------------------------------------------
-
-
-def listen_keys(conf: Conf) -> list:
-    """The addresses that listen names: (family, address, the shim's name if any port will do)."""
-    keys: dict = {}
-    for host, port in conf.listen:
-        try:
-            for where in ("0.0.0.0", "::") if host == "*" else (host,):
-                keys.update(((family, address, "" if port else conf.name), None)
-                            for family, address in look_up(where, port))
-        except OSError as error:
-            raise ConfigError(f"{conf.at('listen')}{host}: {error.strerror}") from None
-    return list(keys)
-
-
-def is_absent(family: int, address: tuple) -> bool:
-    """Whether this machine does not have that address, or not yet."""
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
-            sock.bind((address[0], 0) + address[2:])
-    except OSError as error:
-        return error.errno == errno.EADDRNOTAVAIL
-    return False
-
-
-def bind_anyway(sock: socket.socket, address: tuple) -> None:
-    """Bind to an address that may come later: a tentative one of IPv6 at boot, a VPN's."""
-    six = sock.family == socket.AF_INET6
-    if sys.platform.startswith("linux"):
-        options = [(socket.IPPROTO_IPV6, 78), (socket.IPPROTO_IP, 15)] if six else [(socket.IPPROTO_IP, 15)]
-    elif sys.platform.startswith("freebsd"):
-        options = [(socket.IPPROTO_IPV6, 64) if six else (socket.IPPROTO_IP, 24)]
-    else:
-        options = []
-    for level, option in options:               # IPV6_FREEBIND, IP_FREEBIND; IPV6_ and IP_BINDANY
-        try:
-            sock.setsockopt(level, option, 1)
-            break
-        except OSError:
-            pass
-    sock.bind(address)
-
-
-def open_listener(key: tuple, at: str) -> Optional[socket.socket]:
-    """A bound socket; None where the machine lacks the whole family; ConfigError."""
-    family, address, _ = key
-    sock = None
-    try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        tune(sock)                              # Accepted sockets inherit it.
-        try:
-            sock.bind(address)
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
-                raise
-            bind_anyway(sock, address)
-        return sock
-    except OSError as error:
-        if sock:
-            sock.close()
-        if family == socket.AF_INET6 and error.errno == errno.EAFNOSUPPORT:
-            return None
-        if address[0] in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL:
-            return None                         # IPv6 is switched off.
-        hint = {errno.EACCES: "; below 1024 a port needs root at the start",
-                errno.EADDRINUSE: "; another program has it"}.get(error.errno, "")
-        raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint}") from None
-
-
-def absent_addresses(conf: Conf) -> list:
-    """A warning for each address of listen that this machine does not have."""
-    try:
-        keys = listen_keys(conf)
-    except ConfigError as fault:
-        return [str(fault)]
-    return [f"{conf.at('listen')}{address[0]}: this machine has no such address (yet)"
-            for family, address, _ in keys
-            if address[0] not in ("::", "::1") and is_absent(family, address)]
 
 
 class Daemon:
     """The running program: its configuration and listeners, reload and stop."""
 
-    def __init__(self, path: str, args, log: Log):
+    def __init__(self, path: str, args: types.SimpleNamespace, log: Log):
         self.path, self.args, self.log = os.path.abspath(path), args, log
         self.listeners: dict = {}               # key of listen_keys() -> Listener
         self.shims: list = []
         self.began = time.monotonic()
         self.loaded = 0.0                       # When, in seconds since 1970.
-        self.conf = self.loop = self.account = None
+        self.conf = self.loop = None
+        self.uid = os.geteuid()                 # Whose files are written: the user to become.
         self.process = Process(log)
 
     def run(self, ready: Callable) -> int:
@@ -4354,12 +4374,14 @@ class Daemon:
         conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
         if conf.log == "stderr" and not self.args.foreground:
             raise ConfigError(conf.at("log") + "stderr needs -F or -D")
-        self.conf, self.account = conf, self._account(conf)
+        self.conf, account = conf, self._account(conf)
+        if account:
+            self.uid = account.pw_uid
         os.umask(0o027)
         self.log.use(*self._open_log(conf))
         process = self.process
         try:
-            process.lock_pidfile(conf, self._uid())
+            process.lock_pidfile(conf, self.uid)
         except ConfigError as fault:
             if not self.args.foreground or "running already" in str(fault):
                 raise
@@ -4369,12 +4391,13 @@ class Daemon:
             signal.signal(number, lambda *_: None)      # The loop learns of it by the wake-up byte.
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-        self._apply(conf, credentials, warnings, _handed_over())
+        self._apply(conf, credentials, warnings,
+                    [socket.socket(fileno=fd) for fd in handed_over()])
         try:
-            if process.has_pidfile:
-                self._open_control()
+            if process.pidfile is not None:
+                self.control = Control(self)
             process.open_notify(self.loop)
-            process.drop_privileges(conf, self.account)
+            process.drop_privileges(conf, account)
         except ConfigError:
             process.remove_files(conf)
             raise
@@ -4383,13 +4406,12 @@ class Daemon:
             self.log(DEBUG, f"runs from {'source: ' + FROM_SOURCE if FROM_SOURCE else 'bytecode'}")
         process.notify("READY=1")
         ready()
-        self._tell_expiries()
         self._each_day()
         self.loop.run()
         return 0
 
     def _account(self, conf):
-        """Whom to become: None when that is who we are."""
+        """The user to become; None when that is who we are."""
         account = None
         if conf.user or os.geteuid() == 0:
             try:
@@ -4398,29 +4420,19 @@ class Daemon:
                 self.log(WARNING, conf.at("user") + "going on as root, since there is no user nut")
         return account if account and account.pw_uid != os.geteuid() else None
 
-    def _uid(self):
-        return self.account.pw_uid if self.account else os.geteuid()
-
     def _open_log(self, conf):
         """What log.use() takes."""
         target = "stderr" if self.args.debug else conf.log
-        if target == "syslog" and self.args.foreground and not any(map(os.path.exists, SYSLOG_PATHS)):
-            if "log" not in conf.lines:
-                self.log(NOTICE, "no syslog here, so the log goes to stderr")
-                target = "stderr"
+        if (target == "syslog" and self.args.foreground and "log" not in conf.lines
+                and not any(map(os.path.exists, SYSLOG_PATHS))):
+            self.log(NOTICE, "no syslog here, so the log goes to stderr")
+            target = "stderr"
         try:
-            return target, open_log(target, self._uid())
+            return target, open_log(target, self.uid)
         except OSError as error:
             raise conf.error("log", conf.log, error) from None
 
-    def _open_control(self):
-        path = control_path(self.conf)
-        try:
-            Control(self, path)
-        except OSError as error:
-            raise self.conf.error("pidfile", path, error) from None
-
-    def _apply(self, conf, credentials, warnings, handed_over=()):
+    def _apply(self, conf, credentials, warnings, socks):
         """Make a configuration the running one: all of it or, on ConfigError, none."""
         wanted, opened = {}, {}
         shims = [Shim(self.loop, each, credentials[each.name]) for each in conf.shims]
@@ -4429,9 +4441,10 @@ class Daemon:
                 at = shim.conf.at("listen")
                 for key in listen_keys(shim.conf):
                     if key in wanted:
-                        raise ConfigError(f"{at}{address_text(key[1])} is [{wanted[key].name}]'s already")
+                        raise ConfigError(f"{at}{address_text(key[1])} is "
+                                          f"[{wanted[key].name}]'s already")
                     if key not in self.listeners:
-                        sock = _take_handed_over(handed_over, key) or open_listener(key, at)
+                        sock = open_listener(key, at, socks)
                         if not sock:
                             continue
                         opened[key] = sock
@@ -4443,14 +4456,15 @@ class Daemon:
             for sock in opened.values():
                 sock.close()
             raise
-        for key in [key for key in self.listeners if key not in wanted]:
+        for key in self.listeners.keys() - wanted:
             self.listeners.pop(key).close()
         for key, shim in wanted.items():
             if key in opened:
                 self.listeners[key] = Listener(self.loop, opened[key], shim)
+                where = address_text(opened[key].getsockname())
                 upstream = ", ".join(target.text for target in shim.targets)
-                self.log(INFO, f"[{shim.name}] listening on {address_text(opened[key].getsockname())} "
-                               f"({shim.conf.role}, upstream {upstream})")
+                self.log(INFO, f"[{shim.name}] listening on {where} ({shim.conf.role}, "
+                               f"upstream {upstream})")
             self.listeners[key].shim = shim
         for shim in self.shims:
             shim.retire(shims)
@@ -4469,8 +4483,7 @@ class Daemon:
         if word == "status":
             return f"OK\n{status_data(self)}"          # A Python literal: json would cost memory.
         if word == "reload":
-            fault = self.reload()
-            return "ERR\n" + fault if fault else "OK\nreloaded"
+            return self.reload()
         if word == "stop":
             Timer(self.loop, 0, self.stop)
             return "OK\nstopping"
@@ -4479,14 +4492,14 @@ class Daemon:
     def _signalled(self, number):
         if number == signal.SIGHUP:
             self.reload()
-        elif number in (signal.SIGTERM, signal.SIGINT):
+        else:
             self.stop()
 
-    def reload(self) -> Optional[str]:
-        """Read the configuration again; on a fault nothing changes. Returns the fault, or None."""
+    def reload(self) -> str:
+        """Read the configuration again; on a fault nothing changes. The answer for -c reload."""
         if self.loop.stopping:
-            return "nutshim is stopping"
-        gc.collect()                            # What earlier ones have left: shims know themselves.
+            return "ERR\nnutshim is stopping"
+        gc.collect()                            # Earlier shims, which refer to themselves.
         self.process.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
         old, log = self.conf, None
         try:
@@ -4494,22 +4507,23 @@ class Daemon:
             fixed = [option for option in ("user", "chroot", "pidfile", "handshake_threads")
                      if getattr(conf, option) != getattr(old, option)
                      and (option in conf.lines or option in old.lines)]
-            for option in ("user", "chroot", "pidfile"):
-                setattr(conf, option, getattr(old, option))
+            conf.user, conf.chroot, conf.pidfile = old.user, old.chroot, old.pidfile
             try:
                 log = self._open_log(conf)
             except ConfigError as fault:
                 if conf.log != old.log:
                     raise
                 warnings.append(f"{fault}; the log goes on in the file that is open")
-            self._apply(conf, credentials, warnings)
+            self._apply(conf, credentials, warnings, [])
         except (ConfigError, OSError) as error:
             if log and log[1] > 2:
                 os.close(log[1])
-            text = str(error) + (f"\n(looked for inside the chroot {old.chroot})" if old.chroot else "")
+            text = str(error)
+            if old.chroot:
+                text += f"\n(looked for inside the chroot {old.chroot})"
             self.log(ERROR, "reload failed, going on as before:\n" + text)
             self.process.notify("READY=1")
-            return text
+            return "ERR\n" + text
         if log:
             self.log.use(*log)
         if fixed:
@@ -4517,14 +4531,11 @@ class Daemon:
         self.log(NOTICE, f"reloaded {self.path}")
         self._tell_expiries()
         self.process.notify("READY=1")
-        return None
+        return "OK\nreloaded"
 
     def _each_day(self):
-        Timer(self.loop, 86400, self._next_day)
-
-    def _next_day(self):
         self._tell_expiries()
-        self._each_day()
+        Timer(self.loop, 86400, self._each_day)
 
     def _tell_expiries(self):
         for shim in self.shims:
@@ -4544,74 +4555,24 @@ class Daemon:
             listener.close()
         for session in list(loop.sessions):
             loop.guarded(session, session.stop)
-        self._end(loop.now, loop.now + STOP_GRACE)
+        self._end(loop.now)
 
-    def _end(self, began, deadline):
+    def _end(self, began):
         loop = self.loop
+        late = loop.now >= began + STOP_GRACE
         for session in list(loop.sessions):
             # Their last words have gone to the kernel, and there was time for an answer to them.
-            if session.state == ENDING and not session.client.out and loop.now > began + 0.2:
+            told = session.state == ENDING and not session.client.out and loop.now > began + 0.2
+            if told or late:
                 session.close(Reason.STOP)
-        if loop.sessions and loop.now < deadline:
-            Timer(loop, 0.1, lambda: self._end(began, deadline))
+        if loop.sessions and not late:
+            Timer(loop, 0.1, lambda: self._end(began))
             return
-        for session in list(loop.sessions):
-            session.close(Reason.STOP)
         for shim in self.shims:
             shim.shared.retire()
         loop.finished = True
         self.process.remove_files(self.conf)
         self.log(NOTICE, "stopped")
-
-
-def _handed_over():
-    """The sockets that systemd has opened."""
-    socks = [socket.socket(fileno=fd) for fd in range(3, 3 + handed_over_count())]
-    for sock in socks:
-        tune(sock)
-    return socks
-
-
-def closed_steps(path: str, account) -> list:
-    """What closes a file to an account without other groups: [(folder or file, commands)].
-
-    The permission bits of each folder on the way, behind links too, and of the file count. account
-    is one of pwd. The commands, followed literally, open it for the account's group.
-    """
-    found, here, todo, links = [], "/", os.path.abspath(path).split("/"), 0
-    while True:
-        try:
-            info = os.lstat(here)
-            if stat.S_ISLNK(info.st_mode) and links < 40:               # MAXSYMLINKS of Linux
-                links += 1
-                todo = os.readlink(here).split("/") + todo
-                here = "/" if todo[0] == "" else os.path.dirname(here)
-                continue
-        except OSError:
-            return found                                # It is not there, or is not ours to see.
-        todo = [part for part in todo if part not in ("", ".")]
-        folder = stat.S_ISDIR(info.st_mode)
-        need = "x" * folder if todo else "r" + "x" * folder
-        who = "g" if info.st_gid == account.pw_gid else "o"
-        who = "u" if info.st_uid == account.pw_uid else who
-        bits = info.st_mode >> 3 * "ogu".index(who)
-        lacks = "".join(letter for letter in need if not bits & {"r": 4, "x": 1}[letter])
-        if lacks and here not in [place for place, _ in found]:
-            # Another owner's file is opened by way of its group, whose bits then count.
-            cures = [f"chgrp {account.pw_gid} {here}"] * (who == "o") + [f"chmod g+{need} {here}"]
-            found.append((here, [f"chmod u+{lacks} {here}"] if who == "u" else cures))
-        if not todo:
-            return found
-        part = todo.pop(0)
-        here = os.path.dirname(here) if part == ".." else os.path.join(here, part)
-
-
-def _take_handed_over(socks, key):
-    for sock in socks:
-        if sock.family == key[0] and sock.getsockname()[:2] == key[1][:2]:
-            socks.remove(sock)
-            return sock
-    return None
 
 
 # --- Main ----------------------------------------------------------------------------------------
@@ -4639,18 +4600,18 @@ def background(run: Callable) -> int:
 
 def print_check(conf: Conf, credentials: dict, warnings: list) -> None:
     """-t, when no fault was found."""
-    for text in warnings + [text for shim in conf.shims for text in absent_addresses(shim)]:
+    for text in itertools.chain(warnings, *map(absent_addresses, conf.shims)):
         print(f"warning: {text}")
     for shim in conf.shims:
-        held = credentials[shim.name]
+        own, loaded = credentials[shim.name].own, credentials[shim.name].loaded
         listen, upstream = (", ".join(map(address_text, addresses))
                             for addresses in (shim.listen, shim.upstream))
         print(f"[{shim.name}] {shim.role} on {listen}, upstream {upstream}")
-        for each in held.loaded:
+        for each in loaded:
             mark = "    " if date_level(each) == INFO else "warning: "
             print(f"{mark}{each.what} {days_text(each.not_after, each.not_before)}")
-        if held.own:
-            print(f"    its names: {names_text(held.own.names)}\n    pin = {held.own.pin}")
+        if own:
+            print(f"    its names: {names_text(own.names)}\n    pin = {own.pin}")
     print(f"{conf.path}: no fault found")
 
 
@@ -4689,11 +4650,10 @@ def read_arguments(argv: list) -> types.SimpleNamespace:
         word = words.pop(0)
         if word in ("--json", "--prometheus"):
             args.form = word[2:]
-        elif word == "--help":
-            args.help = 1
-        elif not re.match("-[A-Za-z]", word):
+            continue
+        letters = "h" if word == "--help" else word[1:]
+        if not re.match("-[A-Za-z]|--help$", word):
             raise ValueError(f"'{word}' is no option")
-        letters = "" if word.startswith("--") else word[1:]
         while letters:
             letter, letters = letters[0], letters[1:]
             if letter in _FLAGS:
@@ -4711,10 +4671,21 @@ def read_arguments(argv: list) -> types.SimpleNamespace:
     return args
 
 
+def check(path: str, args: types.SimpleNamespace) -> int:
+    """-t and -p."""
+    conf, credentials, warnings = check_config(path, args.user, args.chroot)
+    if args.test:
+        print_check(conf, credentials, warnings)
+        return 0
+    for shim in conf.shims:
+        if shim.name == args.probe and shim.role == CLIENT:
+            return probe(shim, credentials[shim.name])
+    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]")
+
+
 def main(argv: Optional[list] = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if stream:                                      # A terminal may lack a name's characters.
-            stream.reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")   # A terminal may lack a name's characters.
     try:
         args = read_arguments(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
@@ -4737,18 +4708,6 @@ def main(argv: Optional[list] = None) -> int:
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr, flush=True)
         return 1
-
-
-def check(path: str, args) -> int:
-    """-t and -p."""
-    conf, credentials, warnings = check_config(path, args.user, args.chroot)
-    if args.test:
-        print_check(conf, credentials, warnings)
-        return 0
-    for shim in conf.shims:
-        if shim.name == args.probe and shim.role == CLIENT:
-            return probe(shim, credentials[shim.name])
-    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]")
 
 
 if __name__ == "__main__":
