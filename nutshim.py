@@ -650,7 +650,7 @@ _DROPPED_TO_NUL = bytes.maketrans(_DROPPED, bytes(len(_DROPPED)))
 _stateless_lines = re.compile(
     rb"(?:(?i:GET|LIST|VER|NETVER|PROTVER|HELP)(?:[ \t][\t !$-<>-\[\]-\x7f]{0,99})?\r?\n)+"
     ).fullmatch
-_known: dict = {}           # Clients repeat themselves. Nothing else is kept, above all no password.
+_known: dict = {}           # Clients repeat themselves. Nothing else is kept, no passwords.
 
 
 def _are_stateless(data):

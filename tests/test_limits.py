@@ -117,7 +117,7 @@ def test_the_limit_of_descriptors_is_raised_for_max_sessions(shim, nut, pki, tmp
     for hard in (["1000"] if raises.returncode else ["1000", "64"]):
         one = shim({"": {"max_sessions": 300}, "shim": server_section(nut, pki)},
                    script=patched(str(tmp_path), DESCRIPTORS % hard))
-        assert resource.prlimit(one.pid, resource.RLIMIT_NOFILE)[0] >= 2 * 300
+        poll(lambda: resource.prlimit(one.pid, resource.RLIMIT_NOFILE)[0] >= 2 * 300, 5, "a higher limit")
         assert "limit of open files" not in one.log
 
 

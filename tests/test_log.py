@@ -265,6 +265,6 @@ def test_a_log_that_cannot_be_opened_anew_goes_on_as_it_is(daemon, nut, pki):
     shim.configure(dict(config, new=server_section(nut, pki)))
     done = command(shim, "reload")
     assert done.returncode == 0, done.stderr
-    log = read(place + ".old/log")
-    assert re.search(r"warning: \S+nutshim\.conf:\d+: log: .*No such file.*goes on in the file that is open", log), log
-    assert "[new] listening on" in log
+    warning = r"warning: \S+nutshim\.conf:\d+: log: .*No such file.*goes on in the file that is open"
+    poll(lambda: re.search(warning, read(place + ".old/log")), 5, lambda: "the warning in: " + read(place + ".old/log"))
+    assert "[new] listening on" in read(place + ".old/log")
