@@ -3257,7 +3257,7 @@ class Shared:
             self._watch()
         elif self._busy():
             silent = self.loop.now - self._heard
-            if silent >= self.shim.conf.handshake_timeout:
+            if self._silences and silent >= self.shim.conf.handshake_timeout:
                 return self._fail(Reason.LOST, f"silent for {silent:.0f} s")
             if len(self.links) > 1:
                 self._drop(self.links[0])
