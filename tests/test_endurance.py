@@ -656,8 +656,8 @@ def reloads(pki, nut, times, say=lambda text: None):
                         load.progress()
                     say("reload %d, %d questions answered" % (number, sum(lasting.answered)))
             # Reading a TLS ticket costs 6 kB for ever in Python 3.10 to 3.12 (CPython issue 116810): one a reload.
-            # 9 kB a reload were measured, and what load leaves varies by some 300 kB.
-            assert shim.rss() - memory < 600 + 10 * times, "memory grows by reloads: %d kB" % (shim.rss() - memory)
+            # 9 kB a reload were measured; what the load leaves varies by 800 kB, so tests/soak, with more, is sharper.
+            assert shim.rss() - memory < 1000 + 10 * times, "memory grows by reloads: %d kB" % (shim.rss() - memory)
             assert shim.fds() < descriptors + times // 2, "descriptors leak by reloads: %d, then %d" % (descriptors, shim.fds())
             for load in (lasting, direct, short, short_direct):
                 load.progress()
