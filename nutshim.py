@@ -4365,7 +4365,8 @@ class Daemon:
         self.shims: list = []
         self.began = time.monotonic()
         self.loaded = 0.0                       # When, in seconds since 1970.
-        self.conf = self.loop = None
+        self.conf: Any = None
+        self.loop: Any = None
         self.uid = os.geteuid()                 # Whose files are written: the user to become.
         self.process = Process(log)
 
