@@ -2,7 +2,7 @@
 """packaging/install: what it puts where, that it may be cut and run again at any point, and what it refuses.
 
 Most tests give it a folder of its own (DESTDIR), where it starts nothing. Whole machines, with a service
-that starts, stops and fails, are packaging/test-debian's, of which a short form is run here.
+that starts, stops and fails, are tests/install-on-debian's, of which a short form is run here.
 """
 
 import glob
@@ -350,7 +350,7 @@ def test_install_brings_a_new_version(need, tmp_path):
 
 # ---- Cut at any point ---------------------------------------------------------------------------
 
-# packaging/test-debian asks for every step; in the suite every seventh must do.
+# tests/install-on-debian asks for every step; in the suite every seventh must do.
 EVERY_STEP = os.environ.get("EVERY_STEP")
 
 # Stands before each command that changes files, and keeps the folder as each of them leaves it: what a kill -9 there leaves.
@@ -537,5 +537,5 @@ def test_install_on_two_debian_machines(need):
         pytest.skip("no namespaces with overlays here")
     if os.path.exists("/etc/nut/nutshim.conf") or glob.glob("/usr/*/sbin/nutshim.py") + glob.glob("/usr/sbin/nutshim.py"):
         pytest.skip("nutshim is installed here")
-    done = run(path_of("test-debian"), "--here", timeout=170)
+    done = run(os.path.join(ROOT, "tests/install-on-debian"), "--here", timeout=170)
     assert done.returncode == 0 and done.stdout.endswith("\n== All passed\n"), done.stdout + done.stderr

@@ -3,8 +3,8 @@
 
 Real here are nutshim itself, the shells, systemd-analyze and mandoc. OpenWrt's, OpenRC's and
 FreeBSD's frameworks cannot run on this machine: stubs with the parts that our scripts use stand
-in for them. Fresh Debian machines and the .deb are packaging/test-debian's, of which a short form is run here;
-foreign CPUs are packaging/test-arm's.
+in for them. Fresh Debian machines and the .deb are tests/install-on-debian's, of which a short form is run here;
+foreign CPUs are tests/quickstart-on-arm's.
 """
 
 import configparser
@@ -52,14 +52,15 @@ OPTIONS = load("nutshim").OPTIONS
 
 
 def shell_scripts():
-    """Every shell script in packaging/, by its first line."""
+    """Every shell script of the project, by its first line."""
     found = []
-    for folder, _, names in os.walk(PACKAGING):
-        for name in names:
-            path = os.path.join(folder, name)
-            with open(path, "rb") as file:
-                if re.match(rb"#!(/bin/sh|/sbin/openrc-run)\b", file.readline()):
-                    found.append(os.path.relpath(path, PACKAGING))
+    for top in ("packaging", "tests", ".ci"):
+        for folder, _, names in os.walk(os.path.join(ROOT, top)):
+            for name in names:
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    if re.match(rb"#!(/bin/sh|/sbin/openrc-run)\b", file.readline()):
+                        found.append(os.path.relpath(path, PACKAGING))
     return sorted(found)
 
 

@@ -162,7 +162,8 @@ def test_upsmon_with_the_server_shim(servers, database, need, section, client):
     mark = servers.shim.mark()
     with watching(servers.ports[section], nss=database(client), identity=bool(client)) as upsmon:
         servers.shim.wait_log("(?i)login.*ups", 10, mark)
-        assert "SUCCESS" in upsmon.log and not upsmon.shut_down
+        upsmon.wait_log("SUCCESS", 10)
+        assert not upsmon.shut_down
     log = "\n".join(servers.shim.lines[mark:])
     assert re.search(r"TLS up: TLSv1\.3", log) and ("client.example" in log) == bool(client)
 
