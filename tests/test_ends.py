@@ -5,7 +5,6 @@ the end, close_notify in both directions, and a last word for NUT's own programs
 Real upsd and NUT's own clients; a false server where one has to end in a way that upsd never does.
 """
 
-import re
 import socket
 import ssl
 import time
@@ -163,7 +162,7 @@ def test_nuts_own_programs_say_so_when_there_is_no_upstream(shim, pki, nut_insta
         for _ in range(3):
             done = run(nut_program(args[0]), *args[1:])
             assert done.returncode > 0 and (done.stdout + done.stderr).strip(), (args, done)
-    assert re.search(r"closed: no upstream \(127\.0\.0\.1:\d+: Connection refused\)", one.log)
+    one.wait_log(r"closed: no upstream \(127\.0\.0\.1:\d+: Connection refused\)")
 
 
 def test_a_client_is_given_time_to_end_itself(shim, pki):

@@ -18,7 +18,7 @@ import time
 import pytest
 
 from harness import (VARIABLES, FalseServer, Nut, Peer, PlainClient, Relay, Shim, TlsClient, client_context, free_port, listen,
-                     many_variables, nut_version, pair_config, patched, poll, says, shim_status, status, tls, write)
+                     many_variables, pair_config, patched, poll, says, shim_status, status, tls, write)
 
 UNLIMITED = {"max_sessions_per_address": 1000}
 
@@ -460,7 +460,7 @@ def greedy_reader(pki, nut, hardly=False, **options):
             threads.append(threading.Thread(target=read_hardly, args=(client,)))
         try:
             client.send("LIST VAR big\n" * 200)
-            poll(lambda: status(shim)["sessions"], 5, "the session")
+            shim.wait_log(r"\[client\] .*: opened", 10)
             for thread in threads:
                 thread.start()
             end = time.monotonic() + 40
@@ -472,7 +472,7 @@ def greedy_reader(pki, nut, hardly=False, **options):
             over.set()
             for thread in threads:
                 thread.join(70)
-        assert "does not read" in shim.log
+        shim.wait_log("does not read")
         return max(waits), most - before
 
 

@@ -24,7 +24,7 @@ import time
 import traceback
 
 import pytest
-from harness import (NSS_PASSWORD, NUTSHIM, PRIMARY, Nut, PlainClient, Shim, TlsClient, Upsmon, clean_env, client_context,
+from harness import (NSS_PASSWORD, Nut, PlainClient, Shim, TlsClient, Upsmon, clean_env, client_context,
                      free_port, missing_nut, poll, run, run_shim, upsc, write)
 
 TESTS = os.path.dirname(os.path.abspath(__file__))

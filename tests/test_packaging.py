@@ -8,7 +8,6 @@ foreign CPUs are tests/quickstart-on-arm's.
 """
 
 import configparser
-import glob
 import importlib.util
 import json
 import os
@@ -21,7 +20,6 @@ import xml.dom.minidom
 
 import pytest
 
-from conftest import missing
 from harness import IS_ROOT, NUTSHIM, ROOT, clean_env, poll, run, run_shim, write
 
 PACKAGING = os.path.join(ROOT, "packaging")

@@ -385,7 +385,7 @@ def test_a_chroot_confines_and_nothing_is_missing_in_it(daemon, nut, pki, tmp_pa
             victim.send("GET VAR ups PLANTED-client\n")
             assert victim.recv_until_close() == b""
         assert len(status(shim)["sessions"]) == 2
-        assert "planted fault" in shim.log
+        poll(lambda: "planted fault" in shim.log, 5, "the fault in the log")
         done = command(shim, "reload")              # what is outside the jail it cannot read, and says so
         assert done.returncode == 1 and "Traceback" not in done.stderr and jail in done.stderr, done.stderr + shim.log
         for path in (shim.config, pki.server.file):
@@ -454,6 +454,7 @@ def test_sockets_meant_for_another_process_are_closed(nut, pki):
     port, extra = free_port(), free_port()
     with handed_over({"one": server_section(nut, pki, listen="127.0.0.1:%d" % port)},
                      ["127.0.0.1:%d" % port, "127.0.0.1:%d" % extra], 1) as shim:
+        poll(lambda: len(re.findall(r"socket:\[\d+\]", shim.log)) >= 2, 5, "two sockets")
         inherited = set(re.findall(r"socket:\[\d+\]", shim.log))
         assert len(inherited) == 2
         links = [os.readlink("/proc/%d/fd/%s" % (shim.pid, fd)) for fd in os.listdir("/proc/%d/fd" % shim.pid)]

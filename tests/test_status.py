@@ -46,7 +46,7 @@ def test_status_gives_programs_everything_about_sessions(busy, nut):
     by_peer = {each["peer"]: each for each in found["sessions"]}
     tls, plain = by_peer[busy.peers["server"]], by_peer[busy.peers["client"]]
     assert tls["shim"] == "server" and plain["shim"] == "client"
-    assert re.search(r"#%d %s: opened" % (tls["number"], busy.peers["server"]), busy.log)
+    busy.wait_log(r"#%d %s: opened" % (tls["number"], busy.peers["server"]))
     assert 0 <= tls["seconds"] < 60
     assert tls["tls"] == plain["tls"] == "TLSv1.3"
     assert {"CN=client.example", "DNS:client.example"} <= set(tls["identity"])
