@@ -277,7 +277,8 @@ NOTES = {
         "cp nutshim.py mkNUTcert.py packaging/synology/nutshim-boot /share/nutshim\n"
         + PAIR % "/share/nutshim" + CONF % "/share/nutshim" + "sed -i '1i user = guest' /share/nutshim/nutshim.conf\n",
         "[ \"$(stat -c '%a %G' nas.cert.pem)\" = '640 guest' ]\n./nutshim-boot -c reload\n"
-        "./nutshim-boot -c status | grep -q 'server, listening'\n",
+        "mkdir /bare; ln -s \"$(command -v dirname)\" /bare; ln -s \"$(command -v python3)\" /opt/python3\n"
+        "PATH=/bare ./nutshim-boot -c status | grep -q 'server, listening'\n",      # as from cron
         ["crontab /etc/config/crontab", "crond.sh restart"]),
     "unraid": (
         "dash -s", {}, "/boot/config/nutshim",
