@@ -4247,6 +4247,45 @@ def closed_steps(path: str, account: pwd.struct_passwd) -> list:
         here = os.path.dirname(here) if part == ".." else os.path.join(here, part)
 
 
+def unreadable_files(conf: Conf, account: pwd.struct_passwd) -> list:
+    """What root finds the account unable to read at a reload: a warning for each file. OSError."""
+    found = {path: closed_steps(path, account)              # While nothing is closed to us.
+             for shim in conf.shims for path in [conf.path] + shim.files()}
+    groups, uid, gid = os.getgroups(), os.geteuid(), os.getegid()
+    os.setgroups([])
+    try:
+        os.setegid(account.pw_gid)
+        os.seteuid(account.pw_uid)
+        for path in list(found):                # Tried, not reckoned: ACLs have a say too.
+            try:
+                os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+                del found[path]
+            except OSError:
+                pass
+    finally:
+        os.seteuid(uid)
+        os.setegid(gid)
+        os.setgroups(groups)
+    warnings = []
+    for path, steps in found.items():
+        cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
+        where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
+        warnings.append(f"{path}: {account.pw_name} cannot read it{where}, "
+                        "so a reload will fail" + (f"; {cures} let it" if cures else ""))
+    return warnings
+
+
+def find_account(conf: Conf, warn: Callable) -> Optional[pwd.struct_passwd]:
+    """The user to become; None when that is who we are."""
+    account = None
+    if conf.user or os.geteuid() == 0:
+        try:
+            account = pwd.getpwnam(conf.user or "nut")
+        except KeyError:
+            warn(conf.at("user") + "going on as root, since there is no user nut")
+    return account if account and account.pw_uid != os.geteuid() else None
+
+
 def _is_only(uid, gid):
     """This process has that user and group alone, and cannot go back."""
     users, groups = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
@@ -4313,9 +4352,9 @@ class Process:
             os.chdir("/")
             if not account:
                 return
-            closed = {path: closed_steps(path, account)     # While nothing is closed to us.
-                      for shim in conf.shims for path in [conf.path] + shim.files()}
             at = conf.at("user") + account.pw_name + ": "
+            for text in unreadable_files(conf, account):
+                self._log(WARNING, text)
             os.setgroups([])
             os.setgid(account.pw_gid)
             os.setuid(account.pw_uid)
@@ -4323,12 +4362,6 @@ class Process:
             raise ConfigError(at + error.strerror) from None
         if not _is_only(account.pw_uid, account.pw_gid):
             raise ConfigError(at + "the change of user did not work")
-        for path, steps in closed.items():
-            if not os.access(path, os.R_OK):
-                cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
-                where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
-                self._log(WARNING, f"{path}: {account.pw_name} cannot read it{where}, "
-                                   "so a reload will fail" + (f"; {cures} let it" if cures else ""))
 
     def open_notify(self, loop: Loop) -> None:
         path = os.environ.get("NOTIFY_SOCKET")
@@ -4375,7 +4408,8 @@ class Daemon:
         conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
         if conf.log == "stderr" and not self.args.foreground:
             raise ConfigError(conf.at("log") + "stderr needs -F or -D")
-        self.conf, account = conf, self._account(conf)
+        self.conf = conf
+        account = find_account(conf, lambda text: self.log(WARNING, text))
         if account:
             self.uid = account.pw_uid
         os.umask(0o027)
@@ -4410,16 +4444,6 @@ class Daemon:
         self._each_day()
         self.loop.run()
         return 0
-
-    def _account(self, conf):
-        """The user to become; None when that is who we are."""
-        account = None
-        if conf.user or os.geteuid() == 0:
-            try:
-                account = pwd.getpwnam(conf.user or "nut")
-            except KeyError:
-                self.log(WARNING, conf.at("user") + "going on as root, since there is no user nut")
-        return account if account and account.pw_uid != os.geteuid() else None
 
     def _open_log(self, conf):
         """What log.use() takes."""
@@ -4676,6 +4700,9 @@ def check(path: str, args: types.SimpleNamespace) -> int:
     """-t and -p."""
     conf, credentials, warnings = check_config(path, args.user, args.chroot)
     if args.test:
+        account = os.geteuid() == 0 and find_account(conf, warnings.append)
+        if account and not conf.chroot:         # Where the paths lead elsewhere.
+            warnings += unreadable_files(conf, account)
         print_check(conf, credentials, warnings)
         return 0
     for shim in conf.shims:

@@ -261,7 +261,7 @@ def test_openrc_script_runs_the_daemon(tmp_path, daemon, conf):
 
 
 def test_synology_task_starts_once_and_stops(tmp_path, conf):
-    """The DSM boot task starts nutshim from its own folder, run again it does nothing, and stop ends it."""
+    """The DSM boot task starts nutshim from its own folder, run again it does nothing; it knows nutshim.py's options and stop."""
     os.mkdir(str(tmp_path / "nas"))
     script = str(tmp_path / "nas" / "nutshim-boot")
     for link, target in (("nutshim-boot", path_of("synology", "nutshim-boot")), ("nutshim.py", NUTSHIM), ("nutshim.conf", conf)):
@@ -274,6 +274,7 @@ def test_synology_task_starts_once_and_stops(tmp_path, conf):
     assert "process" in first
     assert run("sh", script).returncode == 0
     assert status() == first
+    assert run("sh", script, "-t").stdout.endswith("no fault found\n")
     assert run("sh", script, "stop").returncode == 0
     assert status() == ""
 

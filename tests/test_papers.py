@@ -270,12 +270,22 @@ NOTES = {
         "cp nutshim.py mkNUTcert.py packaging/synology/nutshim-boot /volume1/nutshim\n",
         "[ \"$(stat -c '%a %G' nas.cert.pem)\" = '640 users' ]\n"
         "python3 nutshim.py -c status -f nutshim.conf | grep -q 'server, listening'\n", []),
+    "qnap": (
+        "bash -s", {"crontab": NOTED, "/etc/init.d/crond.sh": NOTED}, "/share/nutshim",
+        "mkdir -p /share/nutshim /opt/python3\ngroupadd guest; useradd -g guest guest\n"
+        "echo 'PATH=$PATH:/opt/python3' >/etc/profile.d/python3.bash\n"
+        "cp nutshim.py mkNUTcert.py packaging/synology/nutshim-boot /share/nutshim\n"
+        + PAIR % "/share/nutshim" + CONF % "/share/nutshim" + "sed -i '1i user = guest' /share/nutshim/nutshim.conf\n",
+        "[ \"$(stat -c '%a %G' nas.cert.pem)\" = '640 guest' ]\n./nutshim-boot -c reload\n"
+        "mkdir /bare; ln -s \"$(command -v dirname)\" /bare; ln -s \"$(command -v python3)\" /opt/python3\n"
+        "PATH=/bare ./nutshim-boot -c status | grep -q 'server, listening'\n",      # as from cron
+        ["crontab /etc/config/crontab", "crond.sh restart"]),
     "unraid": (
         "dash -s", {}, "/boot/config/nutshim",
-        "mkdir -p /boot/config/nutshim\n" + PAIR % "/boot/config/nutshim"
-        + CONF % "/boot/config/nutshim" + "cp nutshim.py /boot/config/nutshim\n",
-        "[ \"$(stat -c '%a %G' /etc/nutshim/nas.cert.pem)\" = '640 nut' ]\n"
-        "python3 /etc/nutshim/nutshim.py -c status -f /etc/nutshim/nutshim.conf | grep -q 'server, listening'\n", []),
+        "mkdir -p /boot/config/nutshim\n"
+        "cp nutshim.py mkNUTcert.py packaging/synology/nutshim-boot /boot/config/nutshim\n",
+        "[ \"$(stat -c '%a %G' /etc/nutshim/tower.cert.pem)\" = '640 nut' ]\nsh /etc/nutshim/nutshim-boot -c reload\n"
+        "sh /etc/nutshim/nutshim-boot -c status | grep -q 'server, listening'\n", []),
     "launchd": (
         "dash -s", {"sudo": SUDO, "launchctl": LAUNCHCTL, "sysadminctl": "#!/bin/sh\nexec useradd \"${2}\"\n"}, TREE,
         "mkdir -p /Library/LaunchDaemons /opt/homebrew/bin /usr/local/etc/nut\nln -s \"$(command -v python3)\" /opt/homebrew/bin\n"
