@@ -1568,7 +1568,11 @@ class Credentials:
                 if folder and not re.search(
                         rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
                     continue                # Other files may stand beside: a README, keys.
-                certificates, others, _ = _contents(data)
+                certificates, others, keys = _contents(data)
+                if keys and path not in (self._conf.certificate, self._conf.key):
+                    self._warnings.append(
+                        f"{self._conf.at('trust')}{path}: a private key is in it, which must not "
+                        "leave the box that it is made for: take the clients' file in its place")
                 if others.keys() - lists.keys():
                     cure = "move it into a file of its own and set crl = FILE"
                     raise ValueError("a revocation list, which counts only as crl: "
