@@ -1568,7 +1568,11 @@ class Credentials:
                 if folder and not re.search(
                         rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
                     continue                # Other files may stand beside: a README, keys.
-                certificates, others, _ = _contents(data)
+                certificates, others, keys = _contents(data)
+                if keys and path not in (self._conf.certificate, self._conf.key):
+                    self._warnings.append(
+                        f"{self._conf.at('trust')}{path}: a private key is in it, which must not "
+                        "leave the box that it is made for: take the clients' file in its place")
                 if others.keys() - lists.keys():
                     cure = "move it into a file of its own and set crl = FILE"
                     raise ValueError("a revocation list, which counts only as crl: "
@@ -4105,8 +4109,8 @@ class Probe:
             except ProtocolError as error:
                 if isinstance(error.__cause__, ssl.SSLCertVerificationError):
                     self._step = "name" if error.__cause__.verify_code in (62, 64) else "chain"
-                    error = ProtocolError(error.reason, f"{error}. "
-                                          + await self._stranger(family, address))
+                    told = await self._stranger(family, address, str(error))
+                    error = ProtocolError(error.reason, f"{error}. {told}")
                 elif error.reason is Reason.PIN:
                     self._step = "pin"
                 raise error
@@ -4142,8 +4146,11 @@ class Probe:
                                 f"'{printable(answer.strip())}': what does permit say there?")
         return answer
 
-    async def _stranger(self, family, address):
-        """Whose certificate was refused: a second connection, on which nothing is said."""
+    async def _stranger(self, family, address, told):
+        """Whose certificate was refused: a second connection, on which nothing is said.
+
+        told: what the refusal says already.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
@@ -4156,8 +4163,9 @@ class Probe:
                 conn.close()
         except (OSError, ValueError, ProtocolError):
             return "It could not be looked at again"
-        return (f"The certificate {name_words(peer.names, self._name)}; "
-                f"it {days_text(peer.not_after)}; its pin is {peer.pin}")
+        names = name_words(peer.names, self._name)
+        start = "It" if names in told else f"The certificate {names}; it"
+        return f"{start} {days_text(peer.not_after)}; its pin is {peer.pin}"
 
     def _done(self, _result, error):
         self._loop.finished, self._worked = True, error is None

@@ -465,7 +465,8 @@ def test_unwise_options_are_warned_about(files, check, tmp_path):
     os.chmod(key, 0o644)
     for role, option, value, words in (
             ("client", "min_tls", "1.2", "TLS 1.2 is allowed"), ("server", "plaintext", "localhost", "without TLS"),
-            ("server", "key", key, "everybody can read this private key")):
+            ("server", "key", key, "everybody can read this private key"),
+            ("client", "trust", files["server"], "%s: a private key is in it.*the clients' file" % files["server"])):
         text, number = base(files, role, option, value)
         status, out, err = check(text)
         assert (status, err) == (0, "")

@@ -502,6 +502,42 @@ def test_install_without_a_hostname_command(need, tmp_path):
     assert HOST in run("openssl", "x509", "-noout", "-text", "-in", str(tmp_path / "there" / SERVER_FILE)).stdout
 
 
+def test_install_speaks_openwrt_on_openwrt(need, tmp_path):
+    """On OpenWrt it names the packages to install, the router's name in its domain, scp -O and what a sysupgrade keeps, and
+    leaves a router alone that has the feed's package."""
+    need("busybox", "openssl")
+    there, commands = tmp_path / "there", tmp_path / "bin"
+    (there / "etc/config").mkdir(parents=True)
+    (there / "etc/openwrt_release").write_text("")
+    commands.mkdir()
+    run("busybox", "--install", "-s", str(commands))
+    write(str(commands / "uci"), "#!/bin/sh\n[ \"$*\" = '-q get dhcp.@dnsmasq[0].domain' ] && echo lan\n", 0o755)
+    write(str(commands / "python3"), '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable, 0o755)
+    env = clean_env(DESTDIR=str(there), PATH=str(commands))
+
+    def said(status, *words):
+        done = run(shutil.which("busybox"), "ash", path_of("install"), "--dry-run", *words, env=env)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    assert "(apk add openssl-util)" in said(1, "server")
+    write(str(commands / "opkg"), "#!/bin/sh\n", 0o755)
+    assert "(opkg install openssl-util)" in said(1, "server")
+    os.rename(str(commands / "python3"), str(commands / "python"))
+    assert "(opkg install python3-light python3-openssl openssl-util)" in said(1, "server")
+    assert "(opkg install python3-light python3-openssl)" in said(1, "--pin", PIN, "client", "upsbox")
+    os.rename(str(commands / "python"), str(commands / "python3"))
+    write(str(commands / "openssl"), '#!/bin/sh\nexec "%s" "$@"\n' % shutil.which("openssl"), 0o755)
+    text = said(0, "server")
+    assert '-SAN "%s %s.lan localhost' % (HOST, HOST) in text and "  scp -O root@%s:/etc/nut/" % HOST in text
+    assert "ufw" not in text and "firewall-cmd" not in text
+    assert "echo /etc/nut/ >>/etc/sysupgrade.conf" in text
+    (there / "etc/sysupgrade.conf").write_text("# kept\n/etc/nut/\n")
+    assert "sysupgrade" not in said(0, "server")
+    (there / "etc/config/nutshim").write_text("")
+    assert "/etc/config/nutshim" in said(1, "server")
+
+
 def test_install_with_busybox_alone(need, tmp_path):
     """busybox's shell and commands do all of it: server, client, other arguments, upgrade, remove."""
     need("busybox", "openssl")

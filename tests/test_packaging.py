@@ -506,6 +506,28 @@ def test_openwrt_without_uci_takes_a_plain_file(openwrt, conf):
     assert openwrt.run("check").returncode != 0
 
 
+def test_openwrt_watches_files_with_relative_names(openwrt, tmp_path):
+    """A PEM file that nutshim.conf names relative to its own folder, in quotes too, is told to procd by its full name."""
+    write(openwrt.plain, "[a]\nrole = server\ncertificate = own.pem\ncrl = %s, sub/b.pem # both\n[b]\ntrust = \"ca.pem\"\n"
+          % (tmp_path / "a.pem"))
+    names = [str(tmp_path / name) for name in ("own.pem", "a.pem", "sub/b.pem", "ca.pem")]
+    os.mkdir(str(tmp_path / "sub"))
+    for name in names:
+        write(name, "")
+    assert [call[2] for call in openwrt.run("start").calls if call[:2] == ["procd_append_param", "file"]] == names
+
+
+def test_openwrt_says_why_it_does_not_start(openwrt):
+    """A start without nutshim.conf, and one that UCI has switched off, tell so in the log and on the terminal."""
+    for uci, expected in (None, openwrt.plain), ("config nutshim 'global'\n\toption enabled '0'\n", "enabled is 0"):
+        if uci:
+            write(openwrt.uci, uci)
+        calls = openwrt.run("start").calls
+        assert ["procd_open_instance", "nutshim"] not in calls
+        call, = [" ".join(call) for call in calls if call[0] == "logger"]
+        assert "-s" in call and "not started" in call and expected in call, call
+
+
 def test_openwrt_sample_configuration_is_off_and_right(openwrt, pki):
     """The UCI file of the package starts nothing; switched on, with its PEM files, nutshim accepts it."""
     sample = read("openwrt", "files", "nutshim.config")

@@ -253,13 +253,14 @@ CONF = "printf '%%s\\n' '[nas]' 'role = server' 'listen = 127.0.0.1:4401' 'certi
 NOTES = {
     "openwrt": (
         "busybox ash -s", {"opkg": NOTED, "uci": NOTED, TREE + "/scripts/feeds": NOTED, "make": NOTED}, TREE,
-        PAIR % "/etc/nut" + CONF % "/etc/nut" + "mkdir -p /etc/nutshim /tmp\ncp /etc/nut/nas.cert.pem /etc/nutshim\n"
-        "rm -f /usr/sbin/nutshim.py\n"
-        "sed -i 's/cp \"[^\"]*\" \"$2\"/cp \"$1\" \"${2#*:}\"/' /usr/local/bin/scp\n",
+        "rm -f /usr/sbin/nutshim.py\necho src-git packages >feeds.conf.default\nmkdir -p /etc/nutshim /tmp\n"
+        "sed -i 's/^cp.*/for to; do :; done; for each; do [ \"$each\" = \"$to\" ] || cp \"$each\" \"${to#*:}\"; done/' /usr/local/bin/scp\n",
         "[ \"$(stat -c %a /usr/sbin/nutshim.py /etc/init.d/nutshim | tr '\\n' ' ')\" = '755 755 ' ]\n[ -e /etc/enabled ]\n"
-        "[ \"$(stat -c '%a %G' /etc/nutshim/nas.cert.pem)\" = '640 nut' ]\n"
-        "grep -q 'src-link nutshim' feeds.conf\ngrep -q procd_set_param.command /record\n",
-        ["opkg update", "opkg install python3-light python3-openssl", "uci commit nutshim", "feeds update nutshim"]),
+        "[ \"$(stat -c '%a %G' /etc/nut/upsbox.cert.pem /etc/nutshim/upsbox.cert.pem | uniq)\" = '640 nut' ]\n"
+        "[ \"$(cut -d ' ' -f 1,2 feeds.conf | tr '\\n' ' ')\" = 'src-git packages src-link nutshim ' ]\n"
+        "grep -q procd_set_param.command /record\n",
+        ["opkg update", "opkg install python3-light python3-openssl openssl-util", "uci commit nutshim",
+         "feeds update -a", "make package/openwrt/compile"]),
     "container": (
         "dash -s", {"docker": DOCKER, "podman": NOTED, "sudo": SUDO}, TREE, PROGRAMS,
         "[ -s etc/upsbox.cert.pem ]\n[ -s etc/upsbox-client.cert.pem ]\n[ \"$(stat -c '%a %u' etc)\" = '750 3493' ]\n",
