@@ -4351,7 +4351,8 @@ class Process:
         try:
             if account and self.pidfile is not None:
                 os.lchown(control_path(conf), account.pw_uid, account.pw_gid)
-            if account and self._log.fd > 2:
+            # Not /dev/null's owner, nor a terminal's.
+            if account and self._log.fd > 2 and stat.S_ISREG(os.fstat(self._log.fd).st_mode):
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
                 import ipaddress                # noqa: F401  Out of reach afterwards.

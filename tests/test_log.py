@@ -136,6 +136,19 @@ def test_a_standard_error_that_nobody_reads_stops_nothing(nut, pki, tmp_path):
     os.close(reader)
 
 
+def test_a_device_as_log_keeps_its_owner(nut, pki, tmp_path):
+    """Started as root with a device as its log, the daemon becomes its user and leaves the device's owner and mode alone."""
+    port, device = free_port(), str(tmp_path / "null")
+    mknod = 'mount -t tmpfs -o dev,mode=755 tmpfs "$0" && mknod -m 666 "$0/null" c 1 3'
+    with Shim({"": {"log": device, "user": "nobody"}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)},
+              **namespace(str(tmp_path), mknod)) as shim:
+        poll(lambda: not refused(port), 10, lambda: "the port; " + shim.log)
+        assert works(port)
+        info = os.stat("/proc/%d/root%s" % (shim.pid, device))
+        assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, 0, 0o666)
+        assert os.stat("/proc/%d" % shim.pid).st_uid != 0
+
+
 def test_a_full_disk_stops_nothing(nut, pki, tmp_path):
     """With the log's file system full, sessions go on; with space again the log goes on and says how many lines were lost."""
     port, disk = free_port(), str(tmp_path / "disk")
