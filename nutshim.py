@@ -462,7 +462,8 @@ def read_config(path: str) -> tuple:
         elif not header and not (name and text.strip('" \t')):
             fault = f"expected 'name = value' or '[section]', not '{line}'"
         elif not header and name in texts:
-            fault = f"{name}: already given in line {conf.lines[name]}"
+            fault = f"{name}: already given in line {conf.lines[name]}" + (
+                "; a list has one line" if name in _LISTS else "")
         fault = _odd_character(line) or fault
         if header:
             sections.append((Conf(name=name, path=path, line=number, lines={}), {}))
@@ -511,6 +512,9 @@ _BELONGS = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
             SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
 
 
+_LISTS = [option.name for option in OPTIONS if isinstance(option.parse, list)]
+
+
 def _set_options(conf, texts, faults):
     """A section's options, each checked by itself and, with a role, against each other."""
     role = (texts.get("role") or "").replace('"', "")
@@ -555,7 +559,14 @@ def _parse(option, text, path):
     if not isinstance(option.parse, list):
         return option.parse("".join(parts), base)
     parts[::2] = [re.sub("[ \t]*,[ \t]*", "\n", part) for part in parts[::2]]    # Outside quotes.
-    return [option.parse[0](entry, base) for entry in "".join(parts).split("\n")]
+    values = []
+    for entry in "".join(parts).split("\n"):
+        try:
+            values.append(option.parse[0](entry, base))
+        except ValueError as error:
+            more = "" if entry else "; a list stands on one line, with commas between its entries"
+            raise ValueError(f"{error}{more}") from None
+    return values
 
 
 def _rules(conf, bad):
@@ -3915,7 +3926,7 @@ METRICS = {                                 # name: (type, help), in the order o
     "up_seconds": ("gauge", "seconds since the start"),
     "sessions": ("gauge", "sessions now"),
     "sessions_total": ("counter", "sessions since the start"),
-    "upstream_own": ("counter", "upstream sessions opened for one client alone"),
+    "upstream_own_total": ("counter", "upstream sessions opened for one client alone"),
     "shared_up": ("gauge", "1 while the shared upstream session is up"),
     "shared_round_trip_ms": ("gauge", "round trip of the last opening, in milliseconds"),
     "questions_total": ("counter", "questions asked over the shared session"),
@@ -3940,8 +3951,9 @@ def status_prometheus(data: dict) -> str:
     metric("up_seconds", data["seconds"])
     for shim in data["shims"]:
         name = shim["name"]
-        for each in ("sessions", "sessions_total", "upstream_own"):
+        for each in ("sessions", "sessions_total"):
             metric(each, shim[each], shim=name)
+        metric("upstream_own_total", shim["upstream_own"], shim=name)
         for reason, count in shim["refused"].items():
             metric("refused_total", count, reason=reason, shim=name)
         for target in shim["upstream"]:
@@ -4106,7 +4118,7 @@ class Probe:
                 if isinstance(error.__cause__, ssl.SSLCertVerificationError):
                     self._step = "name" if error.__cause__.verify_code in (62, 64) else "chain"
                     error = ProtocolError(error.reason, f"{error}. "
-                                          + await self._stranger(family, address))
+                                          + await self._stranger(family, address, str(error)))
                 elif error.reason is Reason.PIN:
                     self._step = "pin"
                 raise error
@@ -4142,8 +4154,8 @@ class Probe:
                                 f"'{printable(answer.strip())}': what does permit say there?")
         return answer
 
-    async def _stranger(self, family, address):
-        """Whose certificate was refused: a second connection, on which nothing is said."""
+    async def _stranger(self, family, address, told):
+        """Whose certificate was refused, beyond what was told: another connection, kept silent."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
@@ -4156,8 +4168,9 @@ class Probe:
                 conn.close()
         except (OSError, ValueError, ProtocolError):
             return "It could not be looked at again"
-        return (f"The certificate {name_words(peer.names, self._name)}; "
-                f"it {days_text(peer.not_after)}; its pin is {peer.pin}")
+        names = name_words(peer.names, self._name)
+        return ((f"The certificate {names}; it " if names not in told else "The certificate ")
+                + f"{days_text(peer.not_after)}; its pin is {peer.pin}")
 
     def _done(self, _result, error):
         self._loop.finished, self._worked = True, error is None
@@ -4247,6 +4260,78 @@ def closed_steps(path: str, account: pwd.struct_passwd) -> list:
         here = os.path.dirname(here) if part == ".." else os.path.join(here, part)
 
 
+def account_for(conf: Conf) -> tuple:
+    """-> (the user to become, None when that is who we are; a warning or None)."""
+    if not conf.user and os.geteuid():
+        return None, None
+    try:
+        account = pwd.getpwnam(conf.user or "nut")
+    except KeyError:
+        return None, conf.at("user") + "going on as root, since there is no user nut"
+    return (account if account.pw_uid != os.geteuid() else None), None
+
+
+def closed_files(conf: Conf, account: pwd.struct_passwd) -> dict:
+    """The configuration's files, and what closes each to the account: {path: closed_steps()}."""
+    return {path: closed_steps(path, account)
+            for shim in conf.shims for path in [conf.path] + shim.files()}
+
+
+def unreadable(closed: dict, account: pwd.struct_passwd) -> list:
+    """Of closed_files() those that this process, which is the account's, cannot read, in words."""
+    texts = []
+    for path, steps in closed.items():
+        if not os.access(path, os.R_OK):
+            cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
+            where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
+            texts.append(f"{path}: {account.pw_name} cannot read it{where}, as a reload has to"
+                         + (f"; {cures} let it" if cures else ""))
+    return texts
+
+
+def become(conf: Conf, account: Optional[pwd.struct_passwd]) -> list:
+    """chroot, then the account's user and group, and no others; ConfigError. -> unreadable()."""
+    at = conf.at("user")
+    try:
+        if conf.chroot:
+            import ipaddress                    # noqa: F401  Out of reach afterwards.
+            at = conf.at("chroot") + conf.chroot + ": "
+            os.chroot(conf.chroot)
+        os.chdir("/")
+        if not account:
+            return []
+        closed = closed_files(conf, account)    # While nothing is closed to us.
+        at = conf.at("user") + account.pw_name + ": "
+        os.setgroups([])
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+    except OSError as error:
+        raise ConfigError(at + error.strerror) from None
+    if not _is_only(account.pw_uid, account.pw_gid):
+        raise ConfigError(at + "the change of user did not work")
+    return unreadable(closed, account)
+
+
+def would_become(conf: Conf, account: Optional[pwd.struct_passwd]) -> list:
+    """What become() says, for root and without becoming anybody: a child process does."""
+    if os.geteuid() or not account:
+        return []
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            texts = become(conf, account)
+        except ConfigError as fault:
+            texts = [str(fault)]
+        os.write(writer, "\n".join(texts).encode("utf-8", "backslashreplace"))
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        texts = file.read().splitlines()
+    os.waitpid(child, 0)
+    return texts
+
+
 def _is_only(uid, gid):
     """This process has that user and group alone, and cannot go back."""
     users, groups = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
@@ -4299,36 +4384,16 @@ class Process:
                     pass                        # In /run only root may: an empty file stays.
 
     def drop_privileges(self, conf: Conf, account: Optional[pwd.struct_passwd]) -> None:
-        """chroot, then the account's user and group, and no others; ConfigError."""
-        at = conf.at("user")
+        """become(), with what is the account's from now on; ConfigError."""
         try:
             if account and self.pidfile is not None:
                 os.lchown(control_path(conf), account.pw_uid, account.pw_gid)
             if account and self._log.fd > 2:
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
-            if conf.chroot:
-                import ipaddress                # noqa: F401  Out of reach afterwards.
-                at = conf.at("chroot") + conf.chroot + ": "
-                os.chroot(conf.chroot)
-            os.chdir("/")
-            if not account:
-                return
-            closed = {path: closed_steps(path, account)     # While nothing is closed to us.
-                      for shim in conf.shims for path in [conf.path] + shim.files()}
-            at = conf.at("user") + account.pw_name + ": "
-            os.setgroups([])
-            os.setgid(account.pw_gid)
-            os.setuid(account.pw_uid)
         except OSError as error:
-            raise ConfigError(at + error.strerror) from None
-        if not _is_only(account.pw_uid, account.pw_gid):
-            raise ConfigError(at + "the change of user did not work")
-        for path, steps in closed.items():
-            if not os.access(path, os.R_OK):
-                cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
-                where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
-                self._log(WARNING, f"{path}: {account.pw_name} cannot read it{where}, "
-                                   "so a reload will fail" + (f"; {cures} let it" if cures else ""))
+            raise ConfigError(conf.at("user") + error.strerror) from None
+        for text in become(conf, account):
+            self._log(WARNING, text)
 
     def open_notify(self, loop: Loop) -> None:
         path = os.environ.get("NOTIFY_SOCKET")
@@ -4368,6 +4433,7 @@ class Daemon:
         self.conf: Any = None
         self.loop: Any = None
         self.uid = os.geteuid()                 # Whose files are written: the user to become.
+        self.account: Optional[pwd.struct_passwd] = None        # The same, if it is another.
         self.process = Process(log)
 
     def run(self, ready: Callable) -> int:
@@ -4375,7 +4441,10 @@ class Daemon:
         conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
         if conf.log == "stderr" and not self.args.foreground:
             raise ConfigError(conf.at("log") + "stderr needs -F or -D")
-        self.conf, account = conf, self._account(conf)
+        account, unknown = account_for(conf)
+        self.conf, self.account = conf, account
+        if unknown:
+            self.log(WARNING, unknown)
         if account:
             self.uid = account.pw_uid
         os.umask(0o027)
@@ -4410,16 +4479,6 @@ class Daemon:
         self._each_day()
         self.loop.run()
         return 0
-
-    def _account(self, conf):
-        """The user to become; None when that is who we are."""
-        account = None
-        if conf.user or os.geteuid() == 0:
-            try:
-                account = pwd.getpwnam(conf.user or "nut")
-            except KeyError:
-                self.log(WARNING, conf.at("user") + "going on as root, since there is no user nut")
-        return account if account and account.pw_uid != os.geteuid() else None
 
     def _open_log(self, conf):
         """What log.use() takes."""
@@ -4519,7 +4578,7 @@ class Daemon:
         except (ConfigError, OSError) as error:
             if log and log[1] > 2:
                 os.close(log[1])
-            text = str(error)
+            text = "\n".join([str(error)] + self._closed())
             if old.chroot:
                 text += f"\n(looked for inside the chroot {old.chroot})"
             self.log(ERROR, "reload failed, going on as before:\n" + text)
@@ -4533,6 +4592,15 @@ class Daemon:
         self._tell_expiries()
         self.process.notify("READY=1")
         return "OK\nreloaded"
+
+    def _closed(self):
+        """After a reload that failed: what the user cannot read, with the cure."""
+        try:
+            conf = read_config(self.path)[0]
+            return unreadable(closed_files(conf, self.account), self.account) \
+                if self.account else []
+        except (ConfigError, OSError):
+            return []
 
     def _each_day(self):
         self._tell_expiries()
@@ -4668,6 +4736,8 @@ def read_arguments(argv: list) -> types.SimpleNamespace:
                 letters = ""
     if args.command not in (None, "reload", "stop", "status"):
         raise ValueError(f"-c: expected reload, stop or status, not '{args.command}'")
+    if args.form and not args.command:
+        raise ValueError(f"--{args.form} goes with -c status")
     args.foreground = args.foreground or args.debug
     return args
 
@@ -4676,12 +4746,15 @@ def check(path: str, args: types.SimpleNamespace) -> int:
     """-t and -p."""
     conf, credentials, warnings = check_config(path, args.user, args.chroot)
     if args.test:
+        account, unknown = account_for(conf)
+        warnings += [unknown] * bool(unknown) + would_become(conf, account)
         print_check(conf, credentials, warnings)
         return 0
-    for shim in conf.shims:
-        if shim.name == args.probe and shim.role == CLIENT:
-            return probe(shim, credentials[shim.name])
-    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]")
+    clients = {shim.name: shim for shim in conf.shims if shim.role == CLIENT}
+    if args.probe in clients:
+        return probe(clients[args.probe], credentials[args.probe])
+    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]; "
+                      f"{', '.join(clients) or 'none'} is there")
 
 
 def main(argv: Optional[list] = None) -> int:
