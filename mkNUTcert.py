@@ -970,6 +970,22 @@ class CA:
                      self.private("crlnumber", b"%d" % number), Output(self.path("crl.pem"), crl)])
         self.index = index
 
+    def still_good(self, cert: Certificate) -> List[str]:
+        """The copies of other certificates for its first name that are neither revoked nor over."""
+        name = (cert.names or [""])[0].partition(":")[2]
+        try:
+            stem = host_name(name).text[:MAX_STEM]
+        except argparse.ArgumentTypeError:
+            return []
+        found = []
+        for file in sorted(os.listdir(self.path("issued"))):
+            match = re.fullmatch(re.escape(stem) + r"\.(?:client|server)\.([0-9A-F]+)\.pem", file)
+            if match and int(match.group(1), 16) not in revoked(self.index):
+                path = self.path("issued/" + file)
+                if all(describe(each).end > now() for each in read_pem(path).certs):
+                    found.append(path)
+        return found
+
     def issued(self, path: str) -> Pem:
         """A file whose certificate is from this CA."""
         pem = read_pem(path)
@@ -1108,10 +1124,11 @@ def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
             opts.bundle, name.text, os.path.basename(opts.bundle), THERE))
         if not opts.upstream:
             print("  (set upstream in nutshim.conf)")
-        print("  nutshim.py -t")
+        print("  nutshim.py -t\nthen start it, or nutshim.py -c reload.")
     else:
-        print("\nCarry %s to %s, and there, in nutshim.conf, in the client shim's section:\n"
-              "  certificate = %s/%s" % (path, name.text, THERE, os.path.basename(path)))
+        print("\nCarry %s to %s, where the user %s has to be able to read it, and there, in "
+              "nutshim.conf, in the client shim's section:\n  certificate = %s/%s"
+              % (path, name.text, NUT_USERS[0], THERE, os.path.basename(path)))
 
 
 def bundle(file_name: str, pem: bytes, ca_cert: bytes, server: Optional[str]) -> bytes:
@@ -1146,11 +1163,16 @@ def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
         # Once more is no error, and makes a new list.
         line = ca.index.get(serial) or index_line(serial, describe(cert).end, {})
         ca.publish({**ca.index, serial: as_revoked(line)})
+        others = ca.still_good(describe(cert))
     crl = ca.path("crl.pem")
     print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\n"
           "Next, where it could be shown, in nutshim.conf:\n  crl = %s\n"
           "(on the upsd box for a client's certificate, on the clients' for a server's) "
-          "and nutshim.py -c reload" % (opts.file, crl, rights(crl), crl))
+          "and nutshim.py -c reload.\nSessions that are open go on; a restart of nutshim ends them."
+          % (opts.file, crl, rights(crl), crl))
+    if others:
+        print("\nCareful: for the same name these are still good. If the box is lost, revoke them "
+              "too:\n  " + "\n  ".join(others))
 
 
 def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
@@ -1189,15 +1211,17 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
         cert, end, record = ca.issue(role, subject, names, key, start, end)
         write_files(record + [Output(path, key + cert + ca.cert, *owner, fresh)])
     pin = pin_of(ossl.public(key))
+    after = "Next: nutshim.py -c reload"
+    if role == "client":
+        after = "Next: carry it to %s, and there nutshim.py -c reload" % names[0].text
     say_made(names, end, kind, {path: "key, certificate, CA: secret"})
     if not opts.new_key:
-        print("\nThe key is the same, and so is the pin:\n  pin = %s\n"
-              "Next: nutshim.py -c reload" % pin)
+        print("\nThe key is the same, and so is the pin:\n  pin = %s\n%s" % (pin, after))
     else:
         print("\nThe key is new. Who knows this box by its pin needs both until it is in use:\n"
-              "  pin = %s, %s\nNext: nutshim.py -c reload\n"
+              "  pin = %s, %s\n%s\n"
               "The certificate of before holds until it ends. If its key got into wrong hands, "
-              "revoke it; a copy is in\n  %s" % (old.pin, pin, ca.path("issued")))
+              "revoke it; a copy is in\n  %s" % (old.pin, pin, after, ca.path("issued")))
 
 
 def say_made(names: List[Name], end: datetime.datetime, kind: str, made: Dict[str, str]) -> None:
@@ -1271,8 +1295,9 @@ def show_file(ossl: OpenSSL, pem: Pem) -> None:
     for crl in pem.crls:
         found = read_list(crl)
         print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n"
-              "    until:   %s" % (found.issuer, moment(found.not_before),
-                                   until(moment(found.not_after))))
+              "    until:   %s\n    revokes: %s" % (
+                  found.issuer, moment(found.not_before), until(moment(found.not_after)),
+                  ", ".join("%X" % serial for serial in sorted(on_list(crl))) or "nothing"))
 
 
 def until(end: datetime.datetime) -> str:

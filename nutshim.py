@@ -462,7 +462,8 @@ def read_config(path: str) -> tuple:
         elif not header and not (name and text.strip('" \t')):
             fault = f"expected 'name = value' or '[section]', not '{line}'"
         elif not header and name in texts:
-            fault = f"{name}: already given in line {conf.lines[name]}"
+            fault = f"{name}: already given in line {conf.lines[name]}" + (
+                "; a list has one line" if name in _LISTS else "")
         fault = _odd_character(line) or fault
         if header:
             sections.append((Conf(name=name, path=path, line=number, lines={}), {}))
@@ -511,6 +512,9 @@ _BELONGS = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
             SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
 
 
+_LISTS = [option.name for option in OPTIONS if isinstance(option.parse, list)]
+
+
 def _set_options(conf, texts, faults):
     """A section's options, each checked by itself and, with a role, against each other."""
     role = (texts.get("role") or "").replace('"', "")
@@ -555,7 +559,14 @@ def _parse(option, text, path):
     if not isinstance(option.parse, list):
         return option.parse("".join(parts), base)
     parts[::2] = [re.sub("[ \t]*,[ \t]*", "\n", part) for part in parts[::2]]    # Outside quotes.
-    return [option.parse[0](entry, base) for entry in "".join(parts).split("\n")]
+    values = []
+    for entry in "".join(parts).split("\n"):
+        try:
+            values.append(option.parse[0](entry, base))
+        except ValueError as error:
+            more = "" if entry else "; a list stands on one line, with commas between its entries"
+            raise ValueError(f"{error}{more}") from None
+    return values
 
 
 def _rules(conf, bad):
@@ -3919,7 +3930,7 @@ METRICS = {                                 # name: (type, help), in the order o
     "up_seconds": ("gauge", "seconds since the start"),
     "sessions": ("gauge", "sessions now"),
     "sessions_total": ("counter", "sessions since the start"),
-    "upstream_own": ("counter", "upstream sessions opened for one client alone"),
+    "upstream_own_total": ("counter", "upstream sessions opened for one client alone"),
     "shared_up": ("gauge", "1 while the shared upstream session is up"),
     "shared_round_trip_ms": ("gauge", "round trip of the last opening, in milliseconds"),
     "questions_total": ("counter", "questions asked over the shared session"),
@@ -3944,8 +3955,9 @@ def status_prometheus(data: dict) -> str:
     metric("up_seconds", data["seconds"])
     for shim in data["shims"]:
         name = shim["name"]
-        for each in ("sessions", "sessions_total", "upstream_own"):
+        for each in ("sessions", "sessions_total"):
             metric(each, shim[each], shim=name)
+        metric("upstream_own_total", shim["upstream_own"], shim=name)
         for reason, count in shim["refused"].items():
             metric("refused_total", count, reason=reason, shim=name)
         for target in shim["upstream"]:
@@ -4109,8 +4121,8 @@ class Probe:
             except ProtocolError as error:
                 if isinstance(error.__cause__, ssl.SSLCertVerificationError):
                     self._step = "name" if error.__cause__.verify_code in (62, 64) else "chain"
-                    told = await self._stranger(family, address, str(error))
-                    error = ProtocolError(error.reason, f"{error}. {told}")
+                    error = ProtocolError(error.reason, f"{error}. "
+                                          + await self._stranger(family, address, str(error)))
                 elif error.reason is Reason.PIN:
                     self._step = "pin"
                 raise error
@@ -4147,10 +4159,7 @@ class Probe:
         return answer
 
     async def _stranger(self, family, address, told):
-        """Whose certificate was refused: a second connection, on which nothing is said.
-
-        told: what the refusal says already.
-        """
+        """Whose certificate was refused, beyond what was told: another connection, kept silent."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
@@ -4256,14 +4265,18 @@ def closed_steps(path: str, account: pwd.struct_passwd) -> list:
 
 
 def unreadable_files(conf: Conf, account: pwd.struct_passwd) -> list:
-    """What root finds the account unable to read at a reload: a warning for each file. OSError."""
-    found = {path: closed_steps(path, account)              # While nothing is closed to us.
+    """A warning for each file that the account cannot read, as a reload has to; OSError.
+
+    Whoever asks is root, or the account itself.
+    """
+    found = {path: closed_steps(path, account)
              for shim in conf.shims for path in [conf.path] + shim.files()}
     groups, uid, gid = os.getgroups(), os.geteuid(), os.getegid()
-    os.setgroups([])
-    try:
+    if uid == 0:
+        os.setgroups([])
         os.setegid(account.pw_gid)
         os.seteuid(account.pw_uid)
+    try:
         for path in list(found):                # Tried, not reckoned: ACLs have a say too.
             try:
                 os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
@@ -4271,15 +4284,16 @@ def unreadable_files(conf: Conf, account: pwd.struct_passwd) -> list:
             except OSError:
                 pass
     finally:
-        os.seteuid(uid)
-        os.setegid(gid)
-        os.setgroups(groups)
+        if uid == 0:
+            os.seteuid(uid)
+            os.setegid(gid)
+            os.setgroups(groups)
     warnings = []
     for path, steps in found.items():
         cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
         where = f" ({steps[0][0]} is closed to it)" if steps and steps[0][0] != path else ""
-        warnings.append(f"{path}: {account.pw_name} cannot read it{where}, "
-                        "so a reload will fail" + (f"; {cures} let it" if cures else ""))
+        warnings.append(f"{path}: {account.pw_name} cannot read it{where}, as a reload has to"
+                        + (f"; {cures} let it" if cures else ""))
     return warnings
 
 
@@ -4410,6 +4424,7 @@ class Daemon:
         self.conf: Any = None
         self.loop: Any = None
         self.uid = os.geteuid()                 # Whose files are written: the user to become.
+        self.account: Optional[pwd.struct_passwd] = None        # The same, if it is another.
         self.process = Process(log)
 
     def run(self, ready: Callable) -> int:
@@ -4418,7 +4433,7 @@ class Daemon:
         if conf.log == "stderr" and not self.args.foreground:
             raise ConfigError(conf.at("log") + "stderr needs -F or -D")
         self.conf = conf
-        account = find_account(conf, lambda text: self.log(WARNING, text))
+        self.account = account = find_account(conf, lambda text: self.log(WARNING, text))
         if account:
             self.uid = account.pw_uid
         os.umask(0o027)
@@ -4552,7 +4567,7 @@ class Daemon:
         except (ConfigError, OSError) as error:
             if log and log[1] > 2:
                 os.close(log[1])
-            text = str(error)
+            text = "\n".join([str(error)] + self._closed())
             if old.chroot:
                 text += f"\n(looked for inside the chroot {old.chroot})"
             self.log(ERROR, "reload failed, going on as before:\n" + text)
@@ -4566,6 +4581,14 @@ class Daemon:
         self._tell_expiries()
         self.process.notify("READY=1")
         return "OK\nreloaded"
+
+    def _closed(self):
+        """After a reload that failed: what the user cannot read, with the cure."""
+        try:
+            conf = read_config(self.path)[0]
+            return unreadable_files(conf, self.account) if self.account else []
+        except (ConfigError, OSError):
+            return []
 
     def _each_day(self):
         self._tell_expiries()
@@ -4701,6 +4724,8 @@ def read_arguments(argv: list) -> types.SimpleNamespace:
                 letters = ""
     if args.command not in (None, "reload", "stop", "status"):
         raise ValueError(f"-c: expected reload, stop or status, not '{args.command}'")
+    if args.form and not args.command:
+        raise ValueError(f"--{args.form} goes with -c status")
     args.foreground = args.foreground or args.debug
     return args
 
@@ -4711,13 +4736,17 @@ def check(path: str, args: types.SimpleNamespace) -> int:
     if args.test:
         account = os.geteuid() == 0 and find_account(conf, warnings.append)
         if account and not conf.chroot:         # Where the paths lead elsewhere.
-            warnings += unreadable_files(conf, account)
+            try:
+                warnings += unreadable_files(conf, account)
+            except OSError as error:
+                raise conf.error("user", account.pw_name, error) from None
         print_check(conf, credentials, warnings)
         return 0
-    for shim in conf.shims:
-        if shim.name == args.probe and shim.role == CLIENT:
-            return probe(shim, credentials[shim.name])
-    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]")
+    clients = {shim.name: shim for shim in conf.shims if shim.role == CLIENT}
+    if args.probe in clients:
+        return probe(clients[args.probe], credentials[args.probe])
+    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]; "
+                      f"{', '.join(clients) or 'none'} is there")
 
 
 def main(argv: Optional[list] = None) -> int:

@@ -63,7 +63,7 @@ VALUES = {
     "permit": (["*: read", "CN=a b.lan: monitor, DNS:x: primary, IP:::1: admin, URI:urn:x: read, email:a@b: read, %s: read" % PIN,
                 '"CN=Smith, John": read, CN="a # b; c: d": admin', "CN=b\u00fcro: read"],
                [("*", "IDENTITY"), ("*: write", "monitor"), ("x: read", "CN="), ("DNS:: read", "DNS:"),
-                ("sha256//x: read", "sha256//"), ("*: read,", "IDENTITY"), ("CN=a: root", "read, monitor, primary, admin"),
+                ("sha256//x: read", "sha256//"), ("*: read,", "a list stands on one line"), ("CN=a: root", "read, monitor, primary, admin"),
                 ("DNS:b\u00fccher.lan: read", "xn--"), ("IP:fe80::1%lo: read", "address"), ("IP:10.1: read", "address"),
                 ("dns:a: read", "DNS:"), ("CN=Smith, John: read", "IDENTITY")]),
     "allow_from": (["127.0.0.1, 192.0.2.0/24, 2001:db8::/32", "::ffff:192.0.2.1", "192.0.2.0/255.255.255.0"],
@@ -434,6 +434,7 @@ def test_all_faults_are_shown_at_once(check):
     ("[s]\nrole = server\ncertificate = {server}\nverify = full\n", 4, "role = client"),
     ("[s]\nrole = server\ncertificate = {server}\nreuse = 1\n", 4, "role = client"),
     ("[c]\nrole = client\nupstream = a\ntrust = {ca}\npermit = *: read\n", 5, "role = server"),
+    ("[s]\nrole = server\ncertificate = {server}\npermit = *: read\npermit = *: admin\n", 5, "line 4; a list has one line"),
     ("[c]\nrole = client\nupstream = a\ntrust = {ca}\nplaintext = refuse\n", 5, "role = server"),
     ("[s]\nrole = server\ncertificate = {cert}\n", 3, "private key"),
 ])
@@ -511,7 +512,8 @@ def test_version_and_help():
         assert re.search(r"(?m)^\s+%s\s" % option.name, done.stdout), option.name
 
 
-@pytest.mark.parametrize("args", [["--nonsense"], ["-c", "restart"], ["-c"], ["-f"], ["extra"], ["-p"]], ids=" ".join)
+@pytest.mark.parametrize("args", [["--nonsense"], ["-c", "restart"], ["-c"], ["-f"], ["extra"], ["-p"], ["--prometheus"],
+                                  ["-t", "--json"]], ids=" ".join)
 def test_wrong_usage_is_exit_2(args):
     """A command line that makes no sense ends with 2 and the usage on stderr."""
     done = run_shim(*args)

@@ -106,8 +106,14 @@ def test_install_puts_the_service_where_init_looks(init, tmp_path):
         if init != "procd":
             assert not re.search(r"(?<!/local)/usr/sbin/|(?<!/local)/usr/local/usr", text) and "/usr/local/sbin/nutshim.py" in text
     assert "pidfile" not in conf_of(tmp_path)[""], "every service takes every configuration as it is"
-    installed(tmp_path, "--init", init, "remove")
+    assert "in upsmon.conf put upsbox in the place of localhost" in installed(tmp_path, "--init", init, "remove").stdout
     assert not list(tmp_path.rglob("*"))
+
+
+def test_usage_has_the_name_that_it_was_called_by(tmp_path):
+    """As nutshim-setup, its name in the Debian package, it says so in its usage."""
+    name = shutil.copy(path_of("install"), tmp_path / "nutshim-setup")
+    assert run("sh", name, "--help").stdout.startswith("usage: nutshim-setup [OPTION...] server ")
 
 
 def test_install_takes_nut_s_folder(tmp_path, pki):

@@ -974,6 +974,23 @@ def test_revoke_takes_only_what_the_ca_issued(tmp_path):
     assert content(ca.folder) == before
 
 
+def test_revoke_names_what_is_still_good(tmp_path):
+    """revoke names the certificates for the same name that are neither revoked nor over, until there are none; show lists what the list revokes."""
+    ca = Ca(tmp_path / "ca")
+    for args in ((), ("-y",), ("-y", "--notBefore", "-10", "--notAfter", "-5")):
+        ca.make("client", "lost.lan", *args)
+    ca.make("client", "lost.lan.example")
+    copies = {name: name.split(".")[-2] for name in glob.glob(ca.folder + "/issued/lost.lan.client.*")}
+    good = [name for name in copies if run("openssl", "x509", "-in", name, "-noout", "-checkend", "0").returncode == 0]
+    assert len(good) == 2 and len(copies) == 3
+    text = mk("revoke", good[0], "-d", ca.folder)
+    assert text.partition("Careful")[2].count("/issued/") == 1 and good[1] in text
+    assert "Sessions that are open go on" in text
+    assert "Careful" not in mk("revoke", good[1], "-d", ca.folder)
+    shown = mk("show", ca.crl)
+    assert [copies[name] in shown for name in copies] == [name in good for name in copies]
+
+
 def test_renew(tmp_path):
     """renew keeps names, purpose, subject, key, pin, length, owner and mode; --new-key changes the key and prints both pins."""
     ca = Ca(tmp_path / "ca")
@@ -985,6 +1002,7 @@ def test_renew(tmp_path):
         assert "-y" in refused("renew", path, "-d", ca.folder)
         text = mk("renew", path, "-d", ca.folder, "-y", "--notBefore", "-10")
         assert key in text and pin(path) == key and mode(path) == 0o400
+        assert ("carry it to c.lan" in text) == (role == "client")
         assert [field(path, "-" + name) == old[name] for name in ("subject", "serial", "pubkey")] == [True, False, True]
         assert field(path, "-ext", "subjectAltName,extendedKeyUsage,keyUsage,basicConstraints") == names
         for seconds, code in ((100 * 86400 - 100, 0), (100 * 86400 + 100, 1)):

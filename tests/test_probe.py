@@ -301,10 +301,11 @@ socket.getaddrinfo = lambda host, *args: real("127.0.0.77", *args) + real("127.0
 
 @pytest.mark.parametrize("name", ["nothere", "upsd"])
 def test_no_such_client_shim(pki, tmp_path, name):
-    """-p of a name that is no client shim's is a clear error, exit 1."""
-    path = write(tmp_path / "nutshim.conf", "[upsd]\nrole = server\ncertificate = %s\n" % pki.server.file)
+    """-p of a name that is no client shim's is a clear error that says which ones there are, exit 1."""
+    path = write(tmp_path / "nutshim.conf", "[upsd]\nrole = server\ncertificate = %s\n"
+                 "[box]\nrole = client\nupstream = a\ntrust = %s\n" % (pki.server.file, pki.ca.cert))
     done = run_shim("-p", name, "-f", path)
-    assert done.returncode == 1 and "[%s]" % name in done.stderr and done.stdout == "", done
+    assert done.returncode == 1 and "[%s]; box is there" % name in done.stderr and done.stdout == "", done
 
 
 def test_nothing_is_said_before_the_server_is_verified(probe, ports, pki):

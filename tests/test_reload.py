@@ -126,6 +126,7 @@ def test_an_unreadable_key_fails_the_reload_alone(daemon, nut, pki, account, pyt
         done = command(shim, "reload")
         assert done.returncode == 1
         assert re.search(r"nutshim\.conf:\d+: .*%s: Permission denied" % re.escape(pki.server.file), done.stderr), done.stderr
+        assert re.search(r"%s: nut cannot read it.*'chgrp %d " % (re.escape(pki.server.file), account.pw_gid), done.stderr), done.stderr
         assert live.ask("NETVER") == b"1.3\n" and works(port)
 
 

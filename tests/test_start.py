@@ -304,19 +304,20 @@ def test_root_becomes_the_user_for_good(daemon, nut, pki, account, way):
 
 @as_root
 def test_files_that_a_reload_could_not_read_are_named_at_the_start(daemon, nut, pki, account):
-    """Each file that only root can read is named by -t and in the log, with the cure, when root becomes the user."""
+    """Each file that only root can read is named in the log, with the cure, when root becomes the user, and by root's -t before."""
     shim = daemon({}, start=False)
     files = {name: shutil.copy(path, shim.folder) for name, path in (
         ("certificate", pki.server.file), ("trust", pki.ca.cert), ("crl", pki.crl))}
     for path in files.values():
         os.chmod(path, 0o600)
     shim.configure({"": {"user": "nut"}, "shim": server_section(nut, pki, client_certificate="require", **files)})
-    checked = run_shim("-t", "-f", shim.config)
-    assert checked.returncode == 0 and shim.start().returncode == 0
-    for text in (checked.stdout, read(shim.log_file)):
+    tested = run(*shim.program, "-t", "-f", shim.config)
+    assert tested.returncode == 0, tested.stderr
+    assert shim.start().returncode == 0
+    for text in (read(shim.log_file), tested.stdout):
         for path in files.values():
             assert re.search(r"warning: %s: nut cannot read it.*'chgrp %d %s'" % (path, account.pw_gid, path), text), text
-        assert text.count("cannot read it") == 3    # nutshim.conf it can
+        assert text.count("cannot read it") == 3        # nutshim.conf it can
 
 
 @as_root

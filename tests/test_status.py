@@ -124,6 +124,8 @@ def test_status_speaks_prometheus(busy, nut):
             assert found, line
             labels = frozenset(re.findall(label, found.group(2) or ""))
             metrics.setdefault(found.group(1), {})[labels] = float(found.group(3))
+    counters = re.findall("# TYPE (\\S+) counter", done.stdout)
+    assert counters and all(name.endswith("_total") for name in counters)
     server = 'shim="server"'
     assert metrics["nutshim_sessions"][frozenset([server])] == 2
     assert sum(value for labels, value in metrics["nutshim_refused_total"].items() if 'shim="shut"' in labels) == 3
