@@ -432,9 +432,18 @@ def find_config() -> str:
     places = (os.environ.get("NUT_CONFPATH"), "/etc/nut", "/etc/ups", "/usr/local/etc/nut",
               os.path.dirname(os.path.abspath(__file__)))
     paths = [os.path.join(place, "nutshim.conf") for place in places if place]
+    hidden = []
     for path in paths:
-        if os.path.exists(path):
+        try:
+            os.stat(path)
             return path
+        except PermissionError:
+            hidden.append(path)
+        except OSError:
+            pass
+    if hidden:
+        raise ConfigError(f"{hidden[0]}: Permission denied: user {os.geteuid()} must be able to "
+                          "enter its folder and to read it")
     raise ConfigError(f"no configuration file: looked for {', '.join(paths)}; name it with -f FILE")
 
 
@@ -1568,7 +1577,12 @@ class Credentials:
                 if folder and not re.search(
                         rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
                     continue                # Other files may stand beside: a README, keys.
-                certificates, others, _ = _contents(data)
+                certificates, others, keys = _contents(data)
+                if keys and not folder and self._conf.role == CLIENT and path not in (
+                        self._conf.certificate, self._conf.key):
+                    self._warnings.append(
+                        f"{self._conf.at('trust')}{path}: there is a private key in it, which must "
+                        "not leave its own box: put the clients' file, which has none, in its place")
                 if others.keys() - lists.keys():
                     cure = "move it into a file of its own and set crl = FILE"
                     raise ValueError("a revocation list, which counts only as crl: "
@@ -4106,7 +4120,7 @@ class Probe:
                 if isinstance(error.__cause__, ssl.SSLCertVerificationError):
                     self._step = "name" if error.__cause__.verify_code in (62, 64) else "chain"
                     error = ProtocolError(error.reason, f"{error}. "
-                                          + await self._stranger(family, address))
+                                          + await self._stranger(family, address, str(error)))
                 elif error.reason is Reason.PIN:
                     self._step = "pin"
                 raise error
@@ -4142,8 +4156,8 @@ class Probe:
                                 f"'{printable(answer.strip())}': what does permit say there?")
         return answer
 
-    async def _stranger(self, family, address):
-        """Whose certificate was refused: a second connection, on which nothing is said."""
+    async def _stranger(self, family, address, told):
+        """Whose certificate was refused, but for what told has: a second connection, mute."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
@@ -4156,8 +4170,9 @@ class Probe:
                 conn.close()
         except (OSError, ValueError, ProtocolError):
             return "It could not be looked at again"
-        return (f"The certificate {name_words(peer.names, self._name)}; "
-                f"it {days_text(peer.not_after)}; its pin is {peer.pin}")
+        words = name_words(peer.names, self._name)
+        return (("It" if words in told else f"The certificate {words}; it")
+                + f" {days_text(peer.not_after)}; its pin is {peer.pin}")
 
     def _done(self, _result, error):
         self._loop.finished, self._worked = True, error is None

@@ -177,8 +177,9 @@ def test_injection_behind_starttls(probe, pki):
 
 def test_wrong_name(probe, ports, pki):
     """The certificate is for other names: the probe tells which, for which one it looked, and what can be done."""
-    failed(probe("localhost:%d" % ports["named"], trust=pki.ca.cert), "name", "upsbox.lan", "ups.lan", "localhost",
-           "server_name", "certificate")
+    text = failed(probe("localhost:%d" % ports["named"], trust=pki.ca.cert), "name", "upsbox.lan", "ups.lan", "localhost",
+                  "server_name", "certificate", "pin is sha256//")
+    assert text.count("set server_name") == 1, "told once: " + text
 
 
 def test_address_that_is_not_in_the_certificate(probe, ports, pki):
