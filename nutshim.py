@@ -432,9 +432,18 @@ def find_config() -> str:
     places = (os.environ.get("NUT_CONFPATH"), "/etc/nut", "/etc/ups", "/usr/local/etc/nut",
               os.path.dirname(os.path.abspath(__file__)))
     paths = [os.path.join(place, "nutshim.conf") for place in places if place]
+    hidden = []
     for path in paths:
-        if os.path.exists(path):
+        try:
+            os.stat(path)
             return path
+        except PermissionError:
+            hidden.append(path)
+        except OSError:
+            pass
+    if hidden:
+        raise ConfigError(f"{hidden[0]}: Permission denied: user {os.geteuid()} must be able to "
+                          "enter its folder and to read it")
     raise ConfigError(f"no configuration file: looked for {', '.join(paths)}; name it with -f FILE")
 
 
@@ -1580,7 +1589,7 @@ class Credentials:
                         rb"BEGIN (?:[A-Z0-9]+ )*(?:CERTIFICATE(?! REQUEST)|CRL)\b", data):
                     continue                # Other files may stand beside: a README, keys.
                 certificates, others, keys = _contents(data)
-                if keys and path not in (self._conf.certificate, self._conf.key):
+                if keys and not folder and path not in (self._conf.certificate, self._conf.key):
                     self._warnings.append(
                         f"{self._conf.at('trust')}{path}: a private key is in it, which must not "
                         "leave the box that it is made for: take the clients' file in its place")

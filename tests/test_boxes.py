@@ -306,6 +306,13 @@ def test_containers_as_their_files_say(engine):
         assert "Traceback" not in box.log
 
 
+@pytest.mark.parametrize("role", sorted(COMPOSE))
+def test_networks_of_a_compose_file_are_declared(role):
+    """Each network that a service names is declared, "default" too: podman-compose of Debian 12 stops with a traceback else."""
+    named = {name for service in COMPOSE[role]["services"].values() for name in service["networks"]}
+    assert "default" in named and named == set(COMPOSE[role]["networks"])
+
+
 def test_container_ends_at_once_with_what_is_wrong(engine):
     """A container whose configuration is faulty ends with 1 and the fault on stderr, and its health check never passes."""
     box, _ = engine.start("1", "client")                # without the file of trust

@@ -466,8 +466,7 @@ def test_unwise_options_are_warned_about(files, check, tmp_path):
     os.chmod(key, 0o644)
     for role, option, value, words in (
             ("client", "min_tls", "1.2", "TLS 1.2 is allowed"), ("server", "plaintext", "localhost", "without TLS"),
-            ("server", "key", key, "everybody can read this private key"),
-            ("client", "trust", files["server"], "%s: a private key is in it.*the clients' file" % files["server"])):
+            ("server", "key", key, "everybody can read this private key")):
         text, number = base(files, role, option, value)
         status, out, err = check(text)
         assert (status, err) == (0, "")
@@ -475,6 +474,20 @@ def test_unwise_options_are_warned_about(files, check, tmp_path):
         assert value != key or "chmod" in out
     status, out, _ = check("[c]\nrole = client\nupstream = a\nverify = none\n")
     assert status == 0 and re.search(r"warning: .*nutshim\.conf:4: .*not verified", out)
+
+
+def test_private_key_in_trust(files, check, tmp_path, pki):
+    """A client whose trust has a private key got the server's secret file in place of the clients': a warning, with the
+    line; none where the key is the shim's own, or lies in a folder of files."""
+    warned = r"warning: .*nutshim\.conf:%d: .*trust: .*a private key is in it.*the clients' file"
+    text, number = base(files, "client", "trust", files["server"])
+    status, out, err = check(text)
+    assert (status, err) == (0, "") and re.search(warned % number, out), out
+    (tmp_path / "trust").mkdir()
+    shutil.copy(pki.server.file, str(tmp_path / "trust" / "both.pem"))
+    for more in ("trust = %s\ncertificate = %s\n" % (files["server"], files["server"]), "trust = %s\n" % (tmp_path / "trust")):
+        status, out, err = check("[c]\nrole = client\nupstream = a\n" + more)
+        assert (status, err) == (0, "") and "private key is in it" not in out, out + err
 
 
 def test_check_shows_names_pin_and_expiry(files, pki, check):
@@ -537,6 +550,24 @@ def test_configuration_is_found_beside_the_program(tmp_path, files):
     assert beside in run_shim("-t", script=script, env=env).stdout, "a folder without the file is passed over"
     own = write(str(tmp_path / "own" / "nutshim.conf"), "")
     assert run_shim("-t", script=script, env=env).stderr.startswith(own + ":1: ")
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give a folder away")
+def test_configuration_in_a_folder_that_may_not_be_entered(files, tmp_path, need):
+    """A file in a folder that the user may not enter is not called missing, unless one elsewhere can be read."""
+    need("setpriv")
+    script = shutil.copy(NUTSHIM, str(tmp_path / "nutshim.py"))
+    own, beside = str(tmp_path / "own" / "nutshim.conf"), str(tmp_path / "nutshim.conf")
+    (tmp_path / "own").mkdir(0o700)
+    write(own, base(files, "")[0], 0o644)
+    os.chown(os.path.dirname(own), 3493, 3493)
+    command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", sys.executable, script, "-t"]
+    env = clean_env(NUT_CONFPATH=os.path.dirname(own))
+    done = run(*command, env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == own + ": Permission denied: user 0 must be able to enter its folder and to read it\n"
+    write(beside, "x = 1\n", 0o644)
+    assert run(*command, env=env).stderr.startswith(beside + ":1: ")
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can have an /etc of its own")

@@ -262,9 +262,9 @@ NOTES = {
         ["opkg update", "opkg install python3-light python3-openssl openssl-util", "uci commit nutshim",
          "feeds update -a", "make package/openwrt/compile"]),
     "container": (
-        "dash -s", {"docker": DOCKER, "podman": NOTED, "sudo": SUDO}, TREE, PROGRAMS,
+        "dash -s", {"docker": DOCKER, "podman": NOTED, "sudo": SUDO}, TREE, PROGRAMS + "cp -r packaging/container/server/etc .\n",
         "[ -s etc/upsbox.cert.pem ]\n[ -s etc/upsbox-client.cert.pem ]\n[ \"$(stat -c '%a %u' etc)\" = '750 3493' ]\n",
-        ["docker build -t nutshim -f packaging/container/Containerfile .", "docker compose up -d", "docker compose kill -s HUP nutshim"]),
+        ["docker build -t nutshim -f packaging/container/Containerfile .", "docker compose up -d", "docker compose exec nutshim nutshim.py -c reload"]),
     "synology": (
         "dash -s", {}, "/volume1/nutshim",
         "mkdir -p /volume1/nutshim; useradd -g users nutshim\n"
