@@ -978,9 +978,11 @@ def _question(raw):
 class Questions:
     """What is asked over one shared upstream session, and each reply held against its question.
 
-    Askers are opaque.  An asker that has left is None: its reply is dropped.
+    Askers are opaque.  An asker that has left is None: its reply is dropped.  A free line is not
+    asked for right behind another, whose upsd may have a second line to come: a question of our own
+    goes between, and that line is no reply to it.
     """
-    __slots__ = ("waiting", "sent", "fault", "begun", "_data", "_held", "_in_list")
+    __slots__ = ("waiting", "sent", "fault", "begun", "_data", "_held", "_in_list", "_free")
 
     def __init__(self, waiting=()):
         self.waiting: Deque = collections.deque(waiting)    # (asker, Question), not sent yet
@@ -990,6 +992,7 @@ class Questions:
         self._data = b""        # Its other bytes,
         self._held = 0          # how many of them, whole lines, are held against the question,
         self._in_list = False   # and whether these are a list's.
+        self._free = False      # The last reply was a free line.
 
     def ask(self, asker, asked: Question):
         self.waiting.append((asker, asked))
@@ -1005,6 +1008,8 @@ class Questions:
         while self.waiting:
             if self.sent and not (self.waiting[0][1].head and self.sent[-1][1].head):
                 break
+            if self._free and not self.waiting[0][1].head:
+                self.waiting.appendleft((None, question(b"LIST UPS\n")))
             self.sent.append(self.waiting.popleft())
             commands.append(self.sent[-1][1].raw)
         return b"".join(commands)
@@ -1044,7 +1049,7 @@ class Questions:
             self.sent.popleft()
             if asker is not None:
                 answers.append((asker, data[start:end], True))
-            start, at, self.begun = end, end, False
+            start, at, self.begun, self._free = end, end, False, not asked.head
         if at - start > HIGH_WATER:             # Too long to be held until it is whole.
             if self.sent[0][0] is not None:
                 answers.append((self.sent[0][0], data[start:at], False))

@@ -652,6 +652,7 @@ def answers(core, pieces):
 STATUS = b'VAR ups ups.status "OL"\n'
 TYPE = b"TYPE ups a NUMBER\n"
 UNKNOWN = b"ERR UNKNOWN-UPS\n"
+LISTED_UPS = b'BEGIN LIST UPS\nUPS ups "a"\nEND LIST UPS\n'
 
 
 def test_every_reply_goes_to_its_asker():
@@ -674,11 +675,11 @@ def test_every_reply_goes_to_its_asker():
 def test_free_lines_travel_alone():
     """VER, NETVER, PROTVER and HELP are sent when nothing is owed, and nothing is sent until they are answered."""
     core = Questions([(0, question(b"LIST UPS\n"))])
-    for asker, raw in enumerate([b"GET TYPE ups a\n", b"VER\n", b"HELP\r\n", b"GET TYPE ups a\n", b"LIST RW ups\n",
-                                 b"netver\n"], 1):
+    for asker, raw in enumerate([b"GET TYPE ups a\n", b"VER\n", b"LIST UPS\n", b"HELP\r\n", b"GET TYPE ups a\n",
+                                 b"LIST RW ups\n", b"netver\n"], 1):
         core.ask(asker, question(raw))
     for sent, replies in [([b"LIST UPS\n", b"GET TYPE ups a\n"], [UNKNOWN, TYPE]), ([b"VER\n"], [b"upsd 2.8\n"]),
-                          ([b"HELP\r\n"], [b"Commands: HELP\n"]), ([b"GET TYPE ups a\n", b"LIST RW ups\n"], [TYPE, LIST_EMPTY]),
+                          ([b"LIST UPS\n"], [LISTED_UPS]), ([b"HELP\r\n"], [b"Commands: HELP\n"]), ([b"GET TYPE ups a\n", b"LIST RW ups\n"], [TYPE, LIST_EMPTY]),
                           ([b"netver\n"], [UNKNOWN])]:
         assert core.to_send() == b"".join(sent) and core.to_send() == b""
         got = []
@@ -687,6 +688,25 @@ def test_free_lines_travel_alone():
             got += core.feed(reply)
         assert [data for _, data, _ in got] == replies and not core.fault
     assert not core.waiting and not core.sent
+
+
+def test_a_free_line_behind_another_waits_for_a_list():
+    """VER behind VER is sent once a LIST of our own has come between, so that the first one's late lines end the session."""
+    for late in (b"", b"via a shim\n"):
+        core = asked(b"VER\n")
+        core.ask(1, question(b"HELP\n"))
+        assert core.to_send() == b"" and core.feed(b"upsd 2.8.0,\n") == [(0, b"upsd 2.8.0,\n", True)]
+        assert core.to_send() == b"LIST UPS\n" and core.to_send() == b""
+        assert [each.raw for _, each in core.unanswered()] == [b"HELP\n"], "ours is not asked again elsewhere"
+        assert core.feed(late + LISTED_UPS) == []
+        assert bool(core.fault) == bool(late)
+        if not late:
+            assert core.to_send() == b"HELP\n" and core.feed(b"Commands: HELP\n") == [(1, b"Commands: HELP\n", True)]
+            assert core.to_send() == b"" and not core.sent and not core.waiting, "nobody asks, so there is no LIST"
+            core.ask(2, question(b"GET TYPE ups a\n"))             # whose reply does as well
+            assert core.to_send() == b"GET TYPE ups a\n" and core.feed(TYPE) == [(2, TYPE, True)]
+            core.ask(3, question(b"VER\n"))
+            assert core.to_send() == b"VER\n"
 
 
 FAULTS = [              # a question, what comes, words of the fault, what may be handed out before
