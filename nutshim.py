@@ -12,31 +12,37 @@
 One process runs any number of shims; a shim's role is data, not another program.
 
 How it works.  A pure protocol core (no socket, clock, log or configuration) cuts a client's bytes
-into commands and upsd's into replies, so it knows at any moment how many replies are owed.  The
-turn of the shim's own replies, access classes and STARTTLS rest on that one count.  One selectors
-loop moves the bytes.  TLS happens in memory: the loop reads a socket once, feeds what came to the
-TLS engine, and sends what the engine makes.
+into commands and upsd's into replies, so it knows how many replies are owed, or that nobody can
+know any more (Conversation.counted).  The turn of the shim's own replies, access classes and
+STARTTLS rest on that one count.  One selectors loop moves the bytes.  TLS happens in memory: the
+loop reads a socket once, feeds what came to the TLS engine, and sends what the engine makes.
 
-A session's opening (greeting, TLS, admission, look-up, TCP, STARTTLS, TLS) is a coroutine that
-tells the steps in order and waits for a socket, a thread or a deadline.  From then on a table of
-states and events says what happens.
+A Listener makes a Session of each connection that is let in.  Its opening (greeting, TLS,
+admission, look-up, TCP, STARTTLS, TLS; Session._open()) is a coroutine that tells the steps in
+order and waits for a socket, a thread or a deadline.  From then on a table of states and events
+(_EVENTS) says what happens, and Session._settle() who is read while others cannot take more.  All
+ends are Session.finish() or close(), which log the one "closed:" line, with a Reason.
 
-A client shim asks the stateless questions of all its clients over one shared upstream session and
-holds each reply against its question.  A client that says anything else gets an upstream session
-of its own, for good.
+A client shim's session has no opening at first: its stateless questions, and all other clients',
+are asked over one shared upstream session (Shared), which holds each reply against its question.
+A client that says anything else gets an upstream session of its own, for good, by an opening.
+
+A reload makes all Shims anew.  Sessions that have an upstream one of their own keep their old Shim.
 
 Threads.  Only the main thread, the loop's, touches sockets, sessions, the selector, the log and
 the configuration.  Handshake threads get a TLS engine and bytes for it, and give bytes back; each
 look-up has a thread for getaddrinfo().  Results come back through Workers.done, and a byte on a
 socket pair, where signals arrive as well, wakes the loop.
 
-Faults.  ConfigError is the administrator's and names FILE:LINE.  ProtocolError and OSError are a
-peer's and end its session with one log line.  Anything else is a bug: a traceback in the log, that
-session closed, the daemon lives.
+Faults.  ConfigError is the administrator's and names FILE:LINE.  ProtocolError is a peer's and ends
+its session; so does an OSError in an opening or in a Connection's reads and writes.  MemoryError
+ends a session too (Loop.fault()).  Anything else is a bug: a traceback in the log, that session
+closed, the daemon lives.
 
-Sections: start from bytecode - limits - options - errors and reasons - configuration - protocol
-core - certificates and TLS - log - connections and workers - openings - sessions - shared upstream
-session - shims - loop - listeners - status and control - probe - process - daemon - main
+Sections, each begun by a line "# --- ": start from bytecode - limits - options - errors and
+reasons - configuration - protocol core - certificates and TLS - log - connections and workers -
+openings - sessions - upstream - shims - loop - listeners - status and control - probe - process -
+daemon - main
 """
 from __future__ import annotations
 

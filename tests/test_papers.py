@@ -336,3 +336,24 @@ def test_promises_are_an_index():
                 expected |= {("tests/" + name, test) for test in re.findall(r"(?m)^ *def (test_\w+)\(", file.read())}
     assert {line[:2] for line in lines} == expected and len(lines) == len(expected)
     assert len({line[2] for line in lines}) == len(lines)
+
+
+def test_a_mistyped_test_file_is_named():
+    """tests/run with a test file that does not exist says so and runs nothing."""
+    for argument in ("tests/test_nosuch.py", "tests/test_nosuch.py::test_it"):
+        done = run(os.path.join(TESTS, "run"), argument)
+        assert (done.returncode, done.stdout, done.stderr) == (4, "", "tests/run: no such file: tests/test_nosuch.py\n")
+
+
+# ---- nutshim.py's docstring ---------------------------------------------------------------------
+
+
+def test_the_docstring_lists_the_sections():
+    """The list of sections at the top of nutshim.py has them as they stand in the file, and the names it tells exist."""
+    text = read(NUTSHIM)
+    top, rest = text.split('"""', 2)[1:]
+    listed = re.search(r'(?s)\nSections, .*?: (.*)', top).group(1)
+    found = re.findall(r"(?m)^# --- (.*?)(?::.*)? -+$", rest)
+    assert " ".join(listed.split()).split(" - ") == [each[0].lower() + each[1:] for each in found]
+    for name in re.findall(r"\b[A-Z]\w+\.(\w+)|\b(_[A-Z]+)\b", top):
+        assert re.search(r"\b%s\b" % "".join(name), rest), name
