@@ -45,6 +45,15 @@ def pytest_runtest_call(item):
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show what the nutshims of a test that fails have logged: those that run, or began with it."""
+    report = (yield).get_result()
+    for each in Shim.started if report.failed else ():
+        if each.alive or each.began >= call.start - 1:
+            report.sections.append(("log of nutshim[%d], its end" % each.pid, "\n".join(each.lines[-40:])))
+
+
 def missing(what):
     """Skip for want of a program; under CI=true that is a failure."""
     if os.environ.get("CI") == "true":

@@ -531,6 +531,7 @@ class Shim(Process):
     """
 
     expect_traceback = False                        # set to True by a test that provokes one
+    started = []                                    # all of them, for the report of a test that fails
 
     def __init__(self, config, args=("-F",), python=None, script=NUTSHIM, cwd=None, env=None, ready=None):
         self._stack = contextlib.ExitStack()
@@ -540,6 +541,8 @@ class Shim(Process):
         self._ended = False
         super().__init__([python or sys.executable, script] + list(args) + ["-f", self.config],
                          clean_env(**(env or {})), cwd)
+        self.began = time.time()
+        self.started.append(self)
         try:
             self._wait_ready(ready)
         except BaseException:

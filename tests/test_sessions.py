@@ -390,7 +390,10 @@ def read_slowly(pki, seconds=11, lists=6):
             while any(len(reader.data) < reader.size for reader in readers):
                 slowly = time.monotonic() < began + seconds
                 for reader in readers:
-                    reader.read(2000 if slowly else 65536)
+                    try:
+                        reader.read(2000 if slowly else 65536)
+                    except AssertionError as error:
+                        raise AssertionError("%s\n%s" % (error, shims.log)) from None     # which is gone later
                 most = max(most, shims.rss())
                 time.sleep(0.04 if slowly else 0.001)       # the pace is the point
             assert [reader.data == expected * lists for reader in readers] == [True, True]
