@@ -956,6 +956,12 @@ def test_right_server(stage, pki):
             client.login()
 
 
+def plain(peer):
+    """A plain session, in which a TLS hello is a bad command. Its bytes are not parsed: one that is a quote would hide the line's end."""
+    while peer.recv():
+        peer.send(b"ERR UNKNOWN-COMMAND\n")
+
+
 STRIPPED = {
     "ERR in place of OK": says(b"ERR FEATURE-NOT-CONFIGURED\n"),
     "ERR, then a plain session": says(b"ERR UNKNOWN-COMMAND\n", lambda peer: peer.answer()),
@@ -965,8 +971,8 @@ STRIPPED = {
     "reset in place of OK": says(b"", lambda peer: peer.reset()),
     "half an OK": says(b"OK STARTT", closes),
     "OK STARTTLS, then closed": says(OK_STARTTLS, closes),
-    "OK STARTTLS, then a plain session": says(OK_STARTTLS, lambda peer: peer.answer()),
-    "OK, then a plain session": says(b"OK\n", lambda peer: peer.answer()),
+    "OK STARTTLS, then a plain session": says(OK_STARTTLS, plain),
+    "OK, then a plain session": says(b"OK\n", plain),
     "OK Goodbye": says(b"OK Goodbye\n"),
     "OK STARTTLS with more in its line": says(b"OK STARTTLS NOT\n"),
     "OK STARTTLSX": says(b"OK STARTTLSX\n"),
