@@ -175,6 +175,7 @@ UNSHARED = 3600           # seconds that an upstream which gave an odd reply is 
 RESOLVE_TTL = 60          # seconds a name's addresses are used without asking again
 FAILED_TTL = 30           # seconds an address that failed is tried after all others
 TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each read
+MAX_LOG_LINE = 2048       # characters; a false server's certificate can have 200 KB of names
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
 MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: no deep recursion
@@ -424,7 +425,7 @@ class Conf(types.SimpleNamespace):
 
     def error(self, option, what, error):
         """The ConfigError for an option's file, address or user and its OSError."""
-        return ConfigError(f"{self.at(option)}{what}: {error.strerror}")
+        return ConfigError(f"{self.at(option)}{what}: {error.strerror or error}")
 
 
 def find_config() -> str:
@@ -1783,13 +1784,14 @@ class Log:
         if self.fd > 2:
             os.close(self.fd)
         self.fd, self._syslog, self._second = fd, target == "syslog", None
+        self._torn = False                  # A full disk has cut the last line.
         self._poll = None                   # A plain file takes all at once.
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             self._poll = select.poll()
             self._poll.register(fd, select.POLLOUT)
 
     def __call__(self, level: int, text: str) -> None:
-        self.lines += [(level, line) for line in text.split("\n")]
+        self.lines += [(level, line[:MAX_LOG_LINE]) for line in text.split("\n")]
         if not self.hold:
             self.flush()
 
@@ -1825,14 +1827,20 @@ class Log:
             self._stamp = time.strftime("%Y-%m-%d %H:%M:%S ") + f"nutshim[{os.getpid()}] "
         data = "".join([self._stamp + LEVELS[level] + text + "\n" for level, text in lines])
         rest = data.encode("utf-8", "replace")
+        if self._torn:
+            self._write(b"\n")
         while rest:
-            cut = rest.rfind(b"\n", 0, 4096) + 1 or 4096
-            # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
-            if self._poll and not self._poll.poll(0):
-                raise BlockingIOError
-            os.write(self.fd, rest[:cut])
-            del lines[:rest.count(b"\n", 0, cut)]
-            rest = rest[cut:]
+            size = self._write(rest[:rest.rfind(b"\n", 0, 4096) + 1 or 4096])
+            del lines[:rest.count(b"\n", 0, size)]
+            rest = rest[size:]
+
+    def _write(self, data):
+        # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
+        if self._poll and not self._poll.poll(0):
+            raise BlockingIOError
+        size = os.write(self.fd, data)
+        self._torn = data[size - 1] != 10
+        return size
 
     def _to_syslog(self, lines):
         """The library's syslog() waits for a syslogd that hangs, so these are our own datagrams
@@ -1848,7 +1856,7 @@ class Log:
                 level, text = lines[0]
                 stamp = time.strftime("%b %e %H:%M:%S")
                 packet = f"<{3 * 8 + level}>{stamp} nutshim[{os.getpid()}]: {text}"
-                self._sock.send(packet.encode("utf-8", "replace")[:2048])
+                self._sock.send(packet.encode("utf-8", "replace")[:MAX_LOG_LINE])
                 del lines[0]
         except BlockingIOError:
             raise
@@ -3035,6 +3043,8 @@ class Dial:
                 self._next()
 
     def _next(self):
+        if not self._then:
+            return
         now, untried = self._loop.now, []
         for target in self._shim.targets:
             for family, address in target.addresses:
@@ -3103,8 +3113,8 @@ class Dial:
             if error.errno in _EXHAUSTED:
                 text = f"{Reason.RESOURCES.words}: {text}"
         self._failed(target, address, text)
-        if self._then:
-            self._next()
+        # Not at once: a name may have hundreds of addresses that all fail at once.
+        self._loop.soon.append(self._next)
 
     def _failed(self, target, address, text):
         where = target.text if address is None or address[0] == target.host else (
@@ -3504,7 +3514,8 @@ class Shim:
         if self.conf.allow_from:
             import ipaddress
             # A socket of both families, handed over, has IPv4 peers as ::ffff:192.0.2.1.
-            address = ipaddress.ip_address(host.partition("%")[0].replace("::ffff:", ""))
+            address = ipaddress.ip_address(host.partition("%")[0])
+            address = getattr(address, "ipv4_mapped", None) or address
             if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
@@ -3591,6 +3602,7 @@ class Loop:
 
     def __init__(self, log: Log, threads: int, on_signal: Callable):
         self.log, self._on_signal = log, on_signal
+        self._signals: set = set()          # Those that wait for their turn.
         self.selector = selectors.DefaultSelector()
         self.now = time.monotonic()
         self.sessions: set = set()
@@ -3614,9 +3626,16 @@ class Loop:
         except BlockingIOError:
             pass                            # Full, so it will wake anyway.
 
+    def signalled(self, number: int, _frame=None) -> None:
+        """The handler of a signal, whose own byte is lost where hundreds wait."""
+        self._signals.add(number)
+        self._wake()
+
     def _woken(self):
+        self._wakes.recv()
         # TERM before INT before HUP, and each of them once.
-        for number in sorted(set(self._wakes.recv() or b"") - {0}, reverse=True):
+        signals, self._signals = self._signals, set()
+        for number in sorted(signals, reverse=True):
             self._on_signal(number)
         done = self.workers.done
         while done:
@@ -3676,10 +3695,10 @@ class Loop:
                     self.fault(conn.owner, error)
             for each in again:
                 self.guarded(getattr(each, "owner", each), each.go_on)
-            while self.soon:
-                self.guarded(None, self.soon.pop())
             if self.now >= self._next:
                 self._sweep()
+            while self.soon:
+                self.guarded(None, self.soon.pop())
             if self.log.lines:
                 self.guarded(None, self.log.flush)
         self.log.hold = False
@@ -3803,7 +3822,8 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
         if address[0] in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL:
             return None                         # IPv6 is switched off.
         hint = {errno.EACCES: "; below 1024 a port needs root at the start",
-                errno.EADDRINUSE: "; another program has it"}.get(error.errno, "")
+                errno.EADDRINUSE: "; another program has it, or at a reload nutshim itself, under "
+                                  "another address: then restart it"}.get(error.errno, "")
         raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint}") from None
 
 
@@ -4307,7 +4327,7 @@ class Process:
             if account and self._log.fd > 2:
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
-                import ipaddress                # noqa: F401  Out of reach afterwards.
+                import difflib, ipaddress, resource     # noqa: E401, F401  A reload may need them.
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
             os.chdir("/")
@@ -4389,7 +4409,7 @@ class Daemon:
             self.log(WARNING, f"{fault}; -c will not work")
         self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)      # The loop learns of it by the wake-up byte.
+            signal.signal(number, self.loop.signalled)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         self._apply(conf, credentials, warnings,

@@ -5,12 +5,15 @@ Real processes throughout. Where a fault cannot be had for real, nutshim.py is s
 script that plants it: harness.patched().
 """
 
+import collections
 import contextlib
+import ipaddress
 import os
 import re
 import resource
 import sys
 import time
+import types
 
 import pytest
 
@@ -20,7 +23,8 @@ from harness import (ROOT, PlainClient, TlsClient, client_context, command, free
 
 sys.path.insert(0, ROOT)
 
-from nutshim import address_place  # noqa: E402
+from nutshim import Reason, address_place  # noqa: E402
+from nutshim import Shim as RuntimeShim  # noqa: E402
 
 
 # ---- limits -------------------------------------------------------------------------------------
@@ -103,6 +107,18 @@ def test_silent_strangers_make_room_for_newcomers(shim, nut, pki, role, limit):
 def test_an_ipv6_network_of_64_bits_counts_as_one_address(one, other, same):
     """Whoever has a /64 of IPv6 has as many addresses as he likes (RFC 4291 2.5.4); IPv4 counts by the address."""
     assert (address_place(one) == address_place(other)) == same
+
+
+@pytest.mark.parametrize("host, admitted", [
+    ("192.0.2.1", True), ("::ffff:192.0.2.1", True), ("fd00::ffff:1", True), ("fd00::1%eth0", True),
+    ("192.0.3.1", False), ("::ffff:192.0.3.1", False), ("fe00::ffff:1", False), ("::ffff:0:1", False)])
+def test_allow_from_reads_every_form_of_an_address(host, admitted):
+    """An IPv4 peer counts as such on a socket of both families too, and an IPv6 address is read whatever is in it."""
+    shim = types.SimpleNamespace(
+        conf=types.SimpleNamespace(allow_from=list(map(ipaddress.ip_network, ("192.0.2.0/24", "fd00::/8"))),
+                                   max_sessions_per_address=1),
+        loop=types.SimpleNamespace(sessions=(), max_sessions=1), addresses=collections.Counter())
+    assert RuntimeShim.refusal(shim, host, address_place(host)) is (None if admitted else Reason.ALLOW_FROM)
 
 
 DESCRIPTORS = """

@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from daemons import STAMP, as_root, knock, own_copy, read, refused, server_section, works
-from harness import (IS_ROOT, NUTSHIM, PRIMARY, PlainClient, Shim, TlsClient, command, free_port, pair_config,
-                     poll, run, write)
+from harness import (IS_ROOT, NUTSHIM, PRIMARY, FalseServer, PlainClient, Shim, TlsClient, command, free_port, pair_config,
+                     poll, run, tls, write)
 
 
 LOST = r"[1-9]\d* log lines.*lost"
@@ -137,22 +137,37 @@ def test_a_standard_error_that_nobody_reads_stops_nothing(nut, pki, tmp_path):
 
 
 def test_a_full_disk_stops_nothing(nut, pki, tmp_path):
-    """With the log's file system full, sessions go on; with space again the log goes on and says how many lines were lost."""
+    """With the log's file system full, sessions go on; with space again the log goes on, in a line of its own, and says how
+    many lines were lost."""
     port, disk = free_port(), str(tmp_path / "disk")
     os.mkdir(disk)
     with Shim({"": {"log": disk + "/log"}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)},
-              **namespace(disk, 'mount -t tmpfs -o size=16k tmpfs "$0"')) as shim:
+              **namespace(disk, 'mount -t tmpfs -o size=16k tmpfs "$0"; head -c 8k /dev/zero >"$0/ballast"')) as shim:
         poll(lambda: not refused(port), 10, lambda: "the port; " + shim.log)
         log = "/proc/%d/root%s/log" % (shim.pid, disk)
         with TlsClient(port) as client:
             for _ in range(20):
                 knock(port, 10)
                 assert client.ask("NETVER") == b"1.3\n"
-            assert 8000 < os.path.getsize(log) <= 16384
-            os.truncate(log, 0)
+            assert os.path.getsize(log) == 8192
+            os.unlink(os.path.join(os.path.dirname(log), "ballast"))
             knock(port)
             poll(lambda: re.search(LOST, read(log)), 5, "the number of lost lines")
+            assert max(line.count("nutshim[") for line in read(log).splitlines()) == 1
             assert client.ask("NETVER") == b"1.3\n"
+
+
+def test_a_line_is_never_longer_than_2048_characters(shim, pki):
+    """A false server whose certificate has thousands of names does not fill the log with them."""
+    names = pki.ca.issue("many", ",".join("DNS:%s%d.example" % ("x" * 50, number) for number in range(1000)))
+    with FalseServer(tls(names)) as server:
+        one = shim({"client": {"role": "client", "listen": "127.0.0.1:0", "upstream": "localhost:%d" % server.port,
+                               "trust": pki.ca.cert}})
+        with PlainClient(one.port("client")) as client:
+            client.send("VER\n")
+            assert client.recv_until_close() == b""
+        one.wait_log("no upstream .* is for DNS:x+0")
+    assert max(map(len, one.lines)) < 2048 + 100    # the time and the process stand before it
 
 
 STEPS = {                                           # of an opening, by the shim that takes them

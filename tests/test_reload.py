@@ -177,6 +177,35 @@ def test_nothing_delays_the_end(shim, pki, tmp_path):
             one.stop(within=3)
 
 
+def test_a_signal_among_hundreds_is_not_lost(shim, nut, pki, tmp_path):
+    """TERM ends it although hundreds of other signals came before it, all of them during a reload that took long."""
+    section, fifo = server_section(nut, pki), str(tmp_path / "fifo.pem")
+    os.mkfifo(fifo)
+    one = shim({"shim": section})
+    one.configure({"shim": dict(section, certificate=fifo)})
+
+    def pending():
+        with open("/proc/%d/status" % one.pid, encoding="ascii", errors="replace") as file:
+            return int(re.search(r"ShdPnd:\s*(\w+)", file.read()).group(1), 16)
+    one.signal(signal.SIGHUP)
+    writer = os.open(fifo, os.O_WRONLY)             # waits until the reload reads the certificate
+    for number in 600 * [signal.SIGHUP] + [signal.SIGTERM]:
+        one.signal(number)
+        poll(lambda: not pending(), 5, "the signal's arrival")
+    os.close(writer)
+    assert one.wait(5) == 0
+
+
+def test_a_reload_from_one_address_to_all_says_that_it_takes_a_restart(shim, nut, pki):
+    """Where the running nutshim itself is in the way of a new address, a reload says so and changes nothing."""
+    port = free_port()
+    one = shim({"shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)})
+    one.configure({"shim": server_section(nut, pki, listen="0.0.0.0:%d" % port)})
+    done = command(one, "reload")
+    assert done.returncode == 1 and re.search(r"listen: 0\.0\.0\.0:%d: .*nutshim itself.*restart" % port, done.stderr)
+    assert works(port)
+
+
 def test_a_reload_during_the_stop_is_refused(shim, pki):
     """HUP and -c reload while it stops change nothing: the reply under way arrives, it ends with 0, and says so."""
     answer = threading.Event()

@@ -70,6 +70,7 @@ FAILED_STARTS = {
     "unknown user": ({}, {"user": "nobody-such"}, (), "user.*nobody-such"),
     "unknown user of -u": ({}, {}, ("-u", "nobody-such"), "user.*nobody-such"),
     "chroot that is none": ({}, {}, ("-r", "{folder}/none"), "chroot.*none"),
+    "pidfile with too long a path": ({}, {"pidfile": "{folder}/" + 110 * "x" + ".pid"}, (), "pidfile.*path too long"),
     "log in no directory": ({}, {"log": "{folder}/none/log"}, (), "log.*none/log: " + NO_FILE),
     "log to stderr": ({}, {"log": "stderr"}, (), "log.*stderr.*-F"),
 }
@@ -366,7 +367,8 @@ def test_root_follows_no_link_of_its_user(daemon, nut, pki, account, name):
 
 @as_root
 def test_a_chroot_confines_and_nothing_is_missing_in_it(daemon, nut, pki, tmp_path):
-    """In an empty chroot everything still works: both roles, status, the traceback of a bug, and a reload of what lies in it."""
+    """In an empty chroot everything still works: both roles, status, the traceback of a bug, and a reload of what lies in
+    it, faulty or not."""
     script = patched(str(tmp_path), PLANTED)
     middle = free_port()
     config = {"server": server_section(nut, pki, listen="127.0.0.1:%d" % middle),
@@ -400,6 +402,13 @@ def test_a_chroot_confines_and_nothing_is_missing_in_it(daemon, nut, pki, tmp_pa
         assert done.returncode == 0, done.stderr
         with PlainClient(shim.port("client")) as late:
             assert late.ask("NETVER") == client.ask("NETVER") == b"1.3\n"
+        good = read(jail + shim.config)
+        write(jail + shim.config, "max_sesions = 5\n" + good)
+        done = command(shim, "reload")
+        assert done.returncode == 1 and "did you mean max_sessions" in done.stderr, done.stderr
+        write(jail + shim.config, "max_sessions = 100000\n" + good)
+        done = command(shim, "reload")              # which raises the limit of descriptors
+        assert done.returncode == 0, done.stderr
     assert command(shim, "stop").returncode == 0
 
 
