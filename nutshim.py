@@ -1763,6 +1763,7 @@ def date_level(loaded) -> int:
 # --- Log -----------------------------------------------------------------------------------------
 
 SYSLOG_PATHS = ("/dev/log", "/var/run/log", "/var/run/syslog")
+STANDARD_LOGS = {"/dev/stdout": 1, "/dev/stderr": 2}        # Links, in a folder that is root's.
 
 
 class Log:
@@ -1870,8 +1871,8 @@ def open_log(target: str, uid: int) -> int:
     """The descriptor to use() for a target; OSError when its file cannot be written."""
     if target in ("syslog", "stderr"):
         return 2
-    if target in ("/dev/stdout", "/dev/stderr"):        # Links, in a folder that is root's.
-        return os.dup(1 if target == "/dev/stdout" else 2)
+    if target in STANDARD_LOGS:
+        return os.dup(STANDARD_LOGS[target])
     return open_own(target, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK, 0o640, uid)
 
 
@@ -2537,7 +2538,6 @@ class Session:
         except Late:
             raise ProtocolError(Reason.TIMEOUT,
                                 f"no {what} within {conf.handshake_timeout} s") from None
-        self.loop.strangers.pop(self, None)
         peer = self.client.peer
         if peer:
             self.shim.judge(peer)
@@ -2550,6 +2550,7 @@ class Session:
                 self.client.send(ACCESS_DENIED)
                 raise ProtocolError(Reason.PERMIT, ", ".join(identities) or "no certificate")
             self.log(INFO, f"access class {self.access}")
+        self.loop.strangers.pop(self, None)
         return await self._dialled()
 
     async def _greeted(self):
@@ -4393,8 +4394,6 @@ class Daemon:
     def run(self, ready: Callable) -> int:
         """Open everything, become the user, say ready() and serve; ConfigError before that."""
         conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
-        if conf.log == "stderr" and not self.args.foreground:
-            raise ConfigError(conf.at("log") + "stderr needs -F or -D")
         self.conf, account = conf, self._account(conf)
         if account:
             self.uid = account.pw_uid
@@ -4444,6 +4443,8 @@ class Daemon:
     def _open_log(self, conf):
         """What log.use() takes."""
         target = "stderr" if self.args.debug else conf.log
+        if not self.args.foreground and (target == "stderr" or target in STANDARD_LOGS):
+            raise ConfigError(f"{conf.at('log')}{target} needs -F or -D")
         if (target == "syslog" and self.args.foreground and "log" not in conf.lines
                 and not any(map(os.path.exists, SYSLOG_PATHS))):
             self.log(NOTICE, "no syslog here, so the log goes to stderr")

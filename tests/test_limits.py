@@ -100,6 +100,19 @@ def test_silent_strangers_make_room_for_newcomers(shim, nut, pki, role, limit):
     one.wait_log("silent, and a newer connection needed its place")
 
 
+def test_who_is_not_admitted_keeps_nobody_out(shim, nut, pki):
+    """Peers whom permit refuses, and who do not end their connections, make room for one that comes after them."""
+    one = shim({"": {"max_sessions": 3}, "shim": server_section(
+        nut, pki, client_certificate="request", trust=pki.ca.cert, permit="CN=client.example: admin")})
+    port = one.port("shim")
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            refused = stack.enter_context(TlsClient(port))
+            assert refused.recv_line() == b"ERR ACCESS-DENIED\n"
+        with TlsClient(port, certificate=pki.client) as client:
+            assert client.ask("NETVER") == b"1.3\n"
+
+
 @pytest.mark.parametrize("one, other, same", [
     ("2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff", True), ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
     ("fe80::1%eth0", "fe80::2%eth1", True), ("::1", "::2", True), ("192.0.2.1", "192.0.2.2", False),

@@ -267,6 +267,16 @@ def test_a_reload_that_fails_leaves_the_log_where_it_was(daemon, nut, pki):
     poll(lambda: "closed" in read(elsewhere), 5, "lines in the new log")
 
 
+def test_a_daemon_in_the_background_is_given_no_standard_file_at_a_reload(daemon, nut, pki):
+    """There stderr and stdout lead nowhere, so a reload that asks for them fails and the log goes on where it was."""
+    shim = daemon({"shim": server_section(nut, pki)})
+    for target in ("stderr", "/dev/stderr", "/dev/stdout"):
+        shim.configure({"": {"log": target}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % shim.port("shim"))})
+        done = command(shim, "reload")
+        assert done.returncode == 1 and re.search("log: %s needs -F" % target, done.stderr), done.stderr
+        assert "%s needs -F" % target in shim.log
+
+
 def test_a_log_that_cannot_be_opened_anew_goes_on_as_it_is(daemon, nut, pki):
     """A reload whose log, the same as before, cannot be opened any more succeeds, with a warning in the file that is open."""
     shim = daemon({}, start=False)

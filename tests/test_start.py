@@ -73,6 +73,7 @@ FAILED_STARTS = {
     "pidfile with too long a path": ({}, {"pidfile": "{folder}/" + 110 * "x" + ".pid"}, (), "pidfile.*path too long"),
     "log in no directory": ({}, {"log": "{folder}/none/log"}, (), "log.*none/log: " + NO_FILE),
     "log to stderr": ({}, {"log": "stderr"}, (), "log.*stderr.*-F"),
+    "log to a standard file's device": ({}, {"log": "/dev/stdout"}, (), "log.*/dev/stdout.*-F"),
 }
 
 
