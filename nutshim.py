@@ -4325,7 +4325,9 @@ class Process:
         try:
             if account and self.pidfile is not None:
                 os.lchown(control_path(conf), account.pw_uid, account.pw_gid)
-            if account and self._log.fd > 2:
+            # Its log is the account's, but for /dev/null or what the shell has opened.
+            if (account and self._log.fd > 2 and conf.log not in STANDARD_LOGS
+                    and not stat.S_ISCHR(os.fstat(self._log.fd).st_mode)):
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
                 import difflib, ipaddress, resource     # noqa: E401, F401  A reload may need them.

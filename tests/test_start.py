@@ -367,6 +367,24 @@ def test_root_follows_no_link_of_its_user(daemon, nut, pki, account, name):
 
 
 @as_root
+def test_root_gives_its_user_no_device_and_no_output(nut, pki, account, python_for_all, tmp_path):
+    """A log in /dev/null or /dev/stdout does not hand the device, or the file that the shell has opened, to nut."""
+    device, output, port = str(tmp_path / "null"), write(str(tmp_path / "output"), ""), free_port()
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        write(device, "")
+    except OSError:
+        pytest.skip("no devices can be made here")
+    for log in (device, "/dev/stdout"):
+        section = server_section(nut, pki, listen="127.0.0.1:%d" % port)
+        with Shim({"": {"user": account.pw_name, "log": log}, "shim": section}, python="sh", script="-c", ready=0,
+                  args=('exec "$@" >"$0"', output, python_for_all, NUTSHIM, "-F")) as one:
+            poll(lambda one=one: proc_status("/proc/%d" % one.pid, "Uid")[0] == str(account.pw_uid), 10, "the change of user")
+    assert "stopped" in read(output)
+    assert os.stat(device).st_uid == os.stat(output).st_uid == 0
+
+
+@as_root
 def test_a_chroot_confines_and_nothing_is_missing_in_it(daemon, nut, pki, tmp_path):
     """In an empty chroot everything still works: both roles, status, the traceback of a bug, and a reload of what lies in
     it, faulty or not."""
