@@ -3514,9 +3514,7 @@ class Shim:
         """Why that address gets no session, or None."""
         if self.conf.allow_from:
             import ipaddress
-            # A socket of both families, handed over, has IPv4 peers as ::ffff:192.0.2.1.
             address = ipaddress.ip_address(host.partition("%")[0])
-            address = getattr(address, "ipv4_mapped", None) or address
             if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
@@ -3573,7 +3571,7 @@ class Shim:
 
 def address_place(host: str) -> Union[str, bytes]:
     """What counts as one address: an IPv6 peer has a /64 to choose from (RFC 4291 2.5.4)."""
-    if ":" not in host or host.startswith("::ffff:"):
+    if ":" not in host:
         return host
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
@@ -3742,6 +3740,9 @@ class Listener(Connection):
                 Timer(loop, 1, self._rested)
                 return
             sock.setblocking(False)
+            # A socket of both families, handed over, has IPv4 peers as ::ffff:192.0.2.1.
+            if re.match("::ffff:.*[.]", address[0]):
+                address = (address[0][7:],) + address[1:]
             place = address_place(address[0])
             reason = shim.refusal(address[0], place)
             if reason and not self._make_room(reason, address[0], place):
@@ -3801,6 +3802,9 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
             handed_over.remove(sock)
             tune(sock)
             return sock
+        if (address[0] == "0.0.0.0" and sock.getsockname()[:2] == ("::", address[1])
+                and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)):
+            return sock.dup()           # One for both families, as systemd's are.
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)

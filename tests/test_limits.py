@@ -115,18 +115,16 @@ def test_who_is_not_admitted_keeps_nobody_out(shim, nut, pki):
 
 @pytest.mark.parametrize("one, other, same", [
     ("2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff", True), ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
-    ("fe80::1%eth0", "fe80::2%eth1", True), ("::1", "::2", True), ("192.0.2.1", "192.0.2.2", False),
-    ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False)])
+    ("fe80::1%eth0", "fe80::2%eth1", True), ("::1", "::2", True), ("192.0.2.1", "192.0.2.2", False)])
 def test_an_ipv6_network_of_64_bits_counts_as_one_address(one, other, same):
     """Whoever has a /64 of IPv6 has as many addresses as he likes (RFC 4291 2.5.4); IPv4 counts by the address."""
     assert (address_place(one) == address_place(other)) == same
 
 
 @pytest.mark.parametrize("host, admitted", [
-    ("192.0.2.1", True), ("::ffff:192.0.2.1", True), ("fd00::ffff:1", True), ("fd00::1%eth0", True),
-    ("192.0.3.1", False), ("::ffff:192.0.3.1", False), ("fe00::ffff:1", False), ("::ffff:0:1", False)])
+    ("192.0.2.1", True), ("fd00::ffff:1", True), ("fd00::1%eth0", True), ("192.0.3.1", False), ("fe00::ffff:1", False)])
 def test_allow_from_reads_every_form_of_an_address(host, admitted):
-    """An IPv4 peer counts as such on a socket of both families too, and an IPv6 address is read whatever is in it."""
+    """An address is read whatever is in it."""
     shim = types.SimpleNamespace(
         conf=types.SimpleNamespace(allow_from=list(map(ipaddress.ip_network, ("192.0.2.0/24", "fd00::/8"))),
                                    max_sessions_per_address=1),

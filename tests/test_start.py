@@ -437,10 +437,10 @@ HAND_OVER = """
 import os, socket, sys
 for wanted, address in enumerate(sys.argv[2].split(","), 3):
     host, _, port = address.rpartition(":")
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    if ":" in host:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind((host, int(port)))
+    sock = socket.socket(socket.AF_INET6 if ":" in host or host == "*" else socket.AF_INET)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "*")
+    sock.bind((host.replace("*", "::"), int(port)))
     sock.listen(5)
     if sock.fileno() != wanted:
         os.dup2(sock.fileno(), wanted)
@@ -453,7 +453,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def handed_over(config, addresses, wrong_pid=0):
-    """A Shim that gets listening sockets the way systemd hands them over (sd_listen_fds(3))."""
+    """A Shim that gets listening sockets the way systemd hands them over (sd_listen_fds(3)); * is one of both families."""
     return Shim(config, python=sys.executable, script="-c",
                 args=(HAND_OVER, str(wrong_pid), ",".join(addresses), sys.executable, NUTSHIM, "-F"))
 
@@ -475,6 +475,24 @@ def test_sockets_of_systemd_are_taken_for_the_listen_lines_that_match(nut, pki):
             shim.wait_log("reloaded")
             assert client.ask("NETVER") == b"1.3\n"
             assert works(port) and works(plain)
+
+
+def test_a_socket_of_both_families_serves_both(nut, pki):
+    """One socket, as systemd makes it of ListenStream=PORT, is enough for listen = *, also after a reload; peers of IPv4
+    have their own address."""
+    port = free_port()
+    config = {"one": server_section(nut, pki, listen="*:%d" % port, allow_from="127.0.0.1, ::1", plaintext="localhost")}
+    with handed_over(config, ["*:%d" % port]) as shim:
+        for reloaded in (False, True):
+            if reloaded:
+                shim.reload()
+                shim.wait_log("reloaded")
+            for host in ("127.0.0.1", "::1"):
+                with PlainClient(port, host) as client:
+                    assert client.ask("NETVER") == b"1.3\n"
+            with PlainClient(port, source=("127.0.0.2", 0)) as client:
+                assert client.recv_until_close() == b""
+        shim.wait_log(r"\[one\] #\d+ 127\.0\.0\.1:\d+: opened")
 
 
 def test_sockets_meant_for_another_process_are_closed(nut, pki):
