@@ -1847,17 +1847,23 @@ class Log:
         """The library's syslog() waits for a syslogd that hangs, so these are our own datagrams
         (RFC 3164)."""
         if not self._sock:
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._sock.setblocking(False)
-            for path in SYSLOG_PATHS:
+            for kind, path in itertools.product((socket.SOCK_DGRAM, socket.SOCK_STREAM),
+                                                SYSLOG_PATHS):
+                self._sock = socket.socket(socket.AF_UNIX, kind)
+                self._sock.setblocking(False)
                 if self._sock.connect_ex(path) == 0:
                     break
+                self._sock.close()
         try:
             while lines:
                 level, text = lines[0]
                 stamp = time.strftime("%b %e %H:%M:%S")
-                packet = f"<{3 * 8 + level}>{stamp} nutshim[{os.getpid()}]: {text}"
-                self._sock.send(packet.encode("utf-8", "replace")[:MAX_LOG_LINE])
+                line = f"<{3 * 8 + level}>{stamp} nutshim[{os.getpid()}]: {text}"
+                # In a stream NUL ends a message, as syslog(3) has it.
+                packet = (line.encode("utf-8", "replace")[:MAX_LOG_LINE]
+                          + b"\0" * (self._sock.type == socket.SOCK_STREAM))
+                if self._sock.send(packet) < len(packet):
+                    raise OSError("a message was cut")
                 del lines[0]
         except BlockingIOError:
             raise

@@ -110,6 +110,30 @@ def test_a_syslog_socket_that_nobody_reads_stops_nothing(nut, pki, tmp_path):
     syslog.close()
 
 
+def test_a_syslog_socket_of_streams_is_taken_too(nut, pki, tmp_path):
+    """Where syslogd listens for streams, as s6's does, each message ends with NUL, also to one that was restarted."""
+    port, path = free_port(), str(tmp_path / "syslog")
+    with Shim({"": {"log": "syslog"}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)},
+              **namespace(str(tmp_path), PRIVATE_DEV_LOG)) as shim:
+        poll(lambda: not refused(port), 10, lambda: "the port; " + shim.log)
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path)
+                listener.listen(1)
+                listener.settimeout(5)
+                knock(port, 2)
+                sock = listener.accept()[0]
+            with sock:
+                sock.settimeout(5)
+                data = b""
+                while data.count(b"opened\0") < 2:
+                    data += sock.recv(65536)
+                assert all(re.match(rb"<\d+>\w{3} [ \d]\d [\d:]{8} nutshim\[\d+\]: [^\n]+$", line)
+                           for line in data.split(b"\0")[:-1])
+            os.unlink(path)
+            knock(port)                             # and there is nobody again
+
+
 def test_a_standard_error_that_nobody_reads_stops_nothing(nut, pki, tmp_path):
     """With stderr a pipe that is full, sessions go on; once it is read again the log says how many lines were lost."""
     fifo, port = str(tmp_path / "stderr"), free_port()
