@@ -4745,4 +4745,5 @@ def main(argv: Optional[list] = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Control-C at a probe: no traceback.
     sys.exit(main())
