@@ -3833,8 +3833,8 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
         if address[0] in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL:
             return None                         # IPv6 is switched off.
         hint = {errno.EACCES: "; below 1024 a port needs root at the start",
-                errno.EADDRINUSE: "; another program has it, or at a reload nutshim itself, under "
-                                  "another address: then restart it"}.get(error.errno, "")
+                errno.EADDRINUSE: "; another program has it, or nutshim itself under another "
+                                  "address (at a reload: restart it)"}.get(error.errno, "")
         raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint}") from None
 
 
