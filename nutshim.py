@@ -1827,7 +1827,7 @@ class Log:
             self._second = now
             self._stamp = time.strftime("%Y-%m-%d %H:%M:%S ") + f"nutshim[{os.getpid()}] "
         data = "".join([self._stamp + LEVELS[level] + text + "\n" for level, text in lines])
-        rest = data.encode("utf-8", "replace")
+        rest = data.encode("utf-8", "backslashreplace")
         if self._torn:
             self._write(b"\n")
         while rest:
@@ -1860,7 +1860,7 @@ class Log:
                 stamp = time.strftime("%b %e %H:%M:%S")
                 line = f"<{3 * 8 + level}>{stamp} nutshim[{os.getpid()}]: {text}"
                 # In a stream NUL ends a message, as syslog(3) has it.
-                packet = (line.encode("utf-8", "replace")[:MAX_LOG_LINE]
+                packet = (line.encode("utf-8", "backslashreplace")[:MAX_LOG_LINE]
                           + b"\0" * (self._sock.type == socket.SOCK_STREAM))
                 if self._sock.send(packet) < len(packet):
                     raise OSError("a message was cut")
@@ -4045,7 +4045,8 @@ class Control(Connection):
         try:
             answer = self.daemon.request(data.decode("ascii", "replace").strip())
         finally:
-            conn.send(answer.encode())
+            # A file's name need not be UTF-8.
+            conn.send(answer.encode("utf-8", "backslashreplace"))
             if not conn.out:
                 conn.close()
 

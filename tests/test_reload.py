@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -118,6 +119,21 @@ def test_a_faulty_reload_changes_nothing_and_says_why(shim, nut, pki, tmp_path):
 
 
 @as_root
+def test_a_file_whose_name_is_not_utf_8_is_named_all_the_same(shim, pki, tmp_path):
+    """-c reload and the log tell of a fault in a file of trust whose name is Latin-1."""
+    trust = str(tmp_path / "trust")
+    os.mkdir(trust)
+    shutil.copy(pki.ca.cert, trust)
+    name = os.path.join(os.fsencode(trust), b"caf\xe9.pem")
+    shutil.copy(os.fsencode(pki.ca.cert), name)
+    one = shim({"client": {"role": "client", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:1", "trust": trust}})
+    with open(name, "ab") as file:
+        file.write(b"-----BEGIN CERTIFICATE-----\n")
+    done = command(one, "reload", timeout=60)
+    assert done.returncode == 1 and "caf\\udce9.pem: line" in done.stderr, done.stderr
+    one.wait_log(re.escape("caf\\udce9.pem: line"))
+
+
 def test_an_unreadable_key_fails_the_reload_alone(daemon, nut, pki, account, python_for_all):
     """A key that only root may read is read at start, fails a later reload with words, and the old one goes on."""
     shim = daemon({"": {"user": "nut"}, "shim": server_section(nut, pki)}, python=python_for_all)
