@@ -4419,7 +4419,11 @@ class Daemon:
             if not self.args.foreground or "running already" in str(fault):
                 raise
             self.log(WARNING, f"{fault}; -c will not work")
-        self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
+        try:
+            self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
+        except RuntimeError as error:
+            raise ConfigError(f"{conf.at('handshake_threads')}{error}: raise the limit of "
+                              "processes or memory (ulimit, TasksMax)") from None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.loop.signalled)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)

@@ -96,6 +96,22 @@ def test_a_failed_start_is_told_by_the_parent(daemon, nut, pki, case):
     assert not [name for name in os.listdir(shim.folder) if name.endswith(".sock")]
 
 
+NO_THREADS = """
+import _thread
+def start_new_thread(*_):
+    raise RuntimeError("can't start new thread")
+_thread.start_new_thread = start_new_thread
+"""
+
+
+def test_a_start_without_threads_is_told(daemon, nut, pki, tmp_path):
+    """Where the system gives it no thread, as under a narrow limit of processes, it says so without a traceback."""
+    shim = daemon({"shim": server_section(nut, pki)}, start=False, script=patched(str(tmp_path), NO_THREADS))
+    done = shim.start()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"handshake_threads: can't start new thread: raise the limit", done.stderr), done.stderr
+
+
 @as_root
 def test_privileges_that_cannot_be_changed_end_the_start(daemon, nut, pki, account, python_for_all):
     """Started without the rights to become the wanted user, or to chroot, it exits 1 and says which."""
