@@ -419,8 +419,11 @@ class Conf(types.SimpleNamespace):
     def files(self) -> list:
         """What a reload has to read: the shim's files, and trust's folder with its files."""
         paths = [self.certificate, self.key, self.trust] + (self.crl or [])
-        if self.trust and os.path.isdir(self.trust):
-            paths += [os.path.join(self.trust, name) for name in sorted(os.listdir(self.trust))]
+        try:
+            names = os.listdir(self.trust) if self.trust not in (None, "system") else []
+            paths += [os.path.join(self.trust, name) for name in sorted(names)]
+        except OSError:
+            pass                                # A file, or a folder closed to the user by now.
         return [path for path in paths if path and path != "system"]
 
     def error(self, option, what, error):

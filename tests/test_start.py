@@ -337,6 +337,19 @@ def test_files_that_a_reload_could_not_read_are_named_at_the_start(daemon, nut, 
 
 
 @as_root
+def test_the_status_comes_where_the_folder_trust_is_closed(daemon, nut, pki, account):
+    """-c status works although nut cannot list the folder that trust names."""
+    shim = daemon({}, start=False)
+    folder = os.path.join(shim.folder, "trust")
+    os.mkdir(folder, 0o700)
+    shutil.copy(pki.ca.cert, folder)
+    shim.configure({"": {"user": "nut"}, "shim": server_section(nut, pki, client_certificate="request", trust=folder)})
+    assert shim.start().returncode == 0
+    assert folder in status(shim)["shims"][0]["files"]
+    assert re.search("warning: %s: nut cannot read it" % folder, read(shim.log_file))
+
+
+@as_root
 def test_privileged_ports_stay_open_over_reload(daemon, nut, pki, account, python_for_all):
     """A port below 1024, opened as root, goes on through reloads as the user nut; a new one is refused with words."""
     def is_free(port):
