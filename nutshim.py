@@ -181,6 +181,7 @@ UNSHARED = 3600           # seconds that an upstream which gave an odd reply is 
 RESOLVE_TTL = 60          # seconds a name's addresses are used without asking again
 FAILED_TTL = 30           # seconds an address that failed is tried after all others
 TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each read
+MAX_LOG_LINE = 2048       # characters; a false server's certificate can have 200 KB of names
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
 MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: no deep recursion
@@ -424,13 +425,16 @@ class Conf(types.SimpleNamespace):
     def files(self) -> list:
         """What a reload has to read: the shim's files, and trust's folder with its files."""
         paths = [self.certificate, self.key, self.trust] + (self.crl or [])
-        if self.trust and os.path.isdir(self.trust):
-            paths += [os.path.join(self.trust, name) for name in sorted(os.listdir(self.trust))]
+        try:
+            names = os.listdir(self.trust) if self.trust not in (None, "system") else []
+            paths += [os.path.join(self.trust, name) for name in sorted(names)]
+        except OSError:
+            pass                                # A file, or a folder closed to the user by now.
         return [path for path in paths if path and path != "system"]
 
     def error(self, option, what, error):
         """The ConfigError for an option's file, address or user and its OSError."""
-        return ConfigError(f"{self.at(option)}{what}: {error.strerror}")
+        return ConfigError(f"{self.at(option)}{what}: {error.strerror or error}")
 
 
 def find_config() -> str:
@@ -1797,6 +1801,7 @@ def date_level(loaded) -> int:
 # --- Log -----------------------------------------------------------------------------------------
 
 SYSLOG_PATHS = ("/dev/log", "/var/run/log", "/var/run/syslog")
+STANDARD_LOGS = {"/dev/stdout": 1, "/dev/stderr": 2}        # Links, in a folder that is root's.
 
 
 class Log:
@@ -1818,13 +1823,14 @@ class Log:
         if self.fd > 2:
             os.close(self.fd)
         self.fd, self._syslog, self._second = fd, target == "syslog", None
+        self._torn = False                  # A full disk has cut the last line.
         self._poll = None                   # A plain file takes all at once.
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             self._poll = select.poll()
             self._poll.register(fd, select.POLLOUT)
 
     def __call__(self, level: int, text: str) -> None:
-        self.lines += [(level, line) for line in text.split("\n")]
+        self.lines += [(level, line[:MAX_LOG_LINE]) for line in text.split("\n")]
         if not self.hold:
             self.flush()
 
@@ -1859,31 +1865,43 @@ class Log:
             self._second = now
             self._stamp = time.strftime("%Y-%m-%d %H:%M:%S ") + f"nutshim[{os.getpid()}] "
         data = "".join([self._stamp + LEVELS[level] + text + "\n" for level, text in lines])
-        rest = data.encode("utf-8", "replace")
+        rest = data.encode("utf-8", "backslashreplace")
+        if self._torn:
+            self._write(b"\n")
         while rest:
-            cut = rest.rfind(b"\n", 0, 4096) + 1 or 4096
-            # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
-            if self._poll and not self._poll.poll(0):
-                raise BlockingIOError
-            os.write(self.fd, rest[:cut])
-            del lines[:rest.count(b"\n", 0, cut)]
-            rest = rest[cut:]
+            size = self._write(rest[:rest.rfind(b"\n", 0, 4096) + 1 or 4096])
+            del lines[:rest.count(b"\n", 0, size)]
+            rest = rest[size:]
+
+    def _write(self, data):
+        # A pipe that takes anything takes 4096 bytes (PIPE_BUF).
+        if self._poll and not self._poll.poll(0):
+            raise BlockingIOError
+        size = os.write(self.fd, data)
+        self._torn = data[size - 1] != 10
+        return size
 
     def _to_syslog(self, lines):
         """The library's syslog() waits for a syslogd that hangs, so these are our own datagrams
         (RFC 3164)."""
         if not self._sock:
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._sock.setblocking(False)
-            for path in SYSLOG_PATHS:
+            for kind, path in itertools.product((socket.SOCK_DGRAM, socket.SOCK_STREAM),
+                                                SYSLOG_PATHS):
+                self._sock = socket.socket(socket.AF_UNIX, kind)
+                self._sock.setblocking(False)
                 if self._sock.connect_ex(path) == 0:
                     break
+                self._sock.close()
         try:
             while lines:
                 level, text = lines[0]
                 stamp = time.strftime("%b %e %H:%M:%S")
-                packet = f"<{3 * 8 + level}>{stamp} nutshim[{os.getpid()}]: {text}"
-                self._sock.send(packet.encode("utf-8", "replace")[:2048])
+                line = f"<{3 * 8 + level}>{stamp} nutshim[{os.getpid()}]: {text}"
+                # In a stream NUL ends a message, as syslog(3) has it.
+                packet = (line.encode("utf-8", "backslashreplace")[:MAX_LOG_LINE]
+                          + b"\0" * (self._sock.type == socket.SOCK_STREAM))
+                if self._sock.send(packet) < len(packet):
+                    raise OSError("a message was cut")
                 del lines[0]
         except BlockingIOError:
             raise
@@ -1897,8 +1915,8 @@ def open_log(target: str, uid: int) -> int:
     """The descriptor to use() for a target; OSError when its file cannot be written."""
     if target in ("syslog", "stderr"):
         return 2
-    if target in ("/dev/stdout", "/dev/stderr"):        # Links, in a folder that is root's.
-        return os.dup(1 if target == "/dev/stdout" else 2)
+    if target in STANDARD_LOGS:
+        return os.dup(STANDARD_LOGS[target])
     return open_own(target, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK, 0o640, uid)
 
 
@@ -2564,7 +2582,6 @@ class Session:
         except Late:
             raise ProtocolError(Reason.TIMEOUT,
                                 f"no {what} within {conf.handshake_timeout} s") from None
-        self.loop.strangers.pop(self, None)
         peer = self.client.peer
         if peer:
             self.shim.judge(peer)
@@ -2577,6 +2594,7 @@ class Session:
                 self.client.send(ACCESS_DENIED)
                 raise ProtocolError(Reason.PERMIT, ", ".join(identities) or "no certificate")
             self.log(INFO, f"access class {self.access}")
+        self.loop.strangers.pop(self, None)
         return await self._dialled()
 
     async def _greeted(self):
@@ -3070,6 +3088,8 @@ class Dial:
                 self._next()
 
     def _next(self):
+        if not self._then:
+            return
         now, untried = self._loop.now, []
         for target in self._shim.targets:
             for family, address in target.addresses:
@@ -3138,8 +3158,8 @@ class Dial:
             if error.errno in _EXHAUSTED:
                 text = f"{Reason.RESOURCES.words}: {text}"
         self._failed(target, address, text)
-        if self._then:
-            self._next()
+        # Not at once: a name may have hundreds of addresses that all fail at once.
+        self._loop.soon.append(self._next)
 
     def _failed(self, target, address, text):
         where = target.text if address is None or address[0] == target.host else (
@@ -3538,8 +3558,7 @@ class Shim:
         """Why that address gets no session, or None."""
         if self.conf.allow_from:
             import ipaddress
-            # A socket of both families, handed over, has IPv4 peers as ::ffff:192.0.2.1.
-            address = ipaddress.ip_address(host.partition("%")[0].replace("::ffff:", ""))
+            address = ipaddress.ip_address(host.partition("%")[0])
             if not any(address in network for network in self.conf.allow_from):
                 return Reason.ALLOW_FROM
         if len(self.loop.sessions) >= self.loop.max_sessions:
@@ -3596,7 +3615,7 @@ class Shim:
 
 def address_place(host: str) -> Union[str, bytes]:
     """What counts as one address: an IPv6 peer has a /64 to choose from (RFC 4291 2.5.4)."""
-    if ":" not in host or host.startswith("::ffff:"):
+    if ":" not in host:
         return host
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
@@ -3626,6 +3645,7 @@ class Loop:
 
     def __init__(self, log: Log, threads: int, on_signal: Callable):
         self.log, self._on_signal = log, on_signal
+        self._signals: set = set()          # Those that wait for their turn.
         self.selector = selectors.DefaultSelector()
         self.now = time.monotonic()
         self.sessions: set = set()
@@ -3649,9 +3669,16 @@ class Loop:
         except BlockingIOError:
             pass                            # Full, so it will wake anyway.
 
+    def signalled(self, number: int, _frame=None) -> None:
+        """The handler of a signal, whose own byte is lost where hundreds wait."""
+        self._signals.add(number)
+        self._wake()
+
     def _woken(self):
+        self._wakes.recv()
         # TERM before INT before HUP, and each of them once.
-        for number in sorted(set(self._wakes.recv() or b"") - {0}, reverse=True):
+        signals, self._signals = self._signals, set()
+        for number in sorted(signals, reverse=True):
             self._on_signal(number)
         done = self.workers.done
         while done:
@@ -3711,10 +3738,10 @@ class Loop:
                     self.fault(conn.owner, error)
             for each in again:
                 self.guarded(getattr(each, "owner", each), each.go_on)
-            while self.soon:
-                self.guarded(None, self.soon.pop())
             if self.now >= self._next:
                 self._sweep()
+            while self.soon:
+                self.guarded(None, self.soon.pop())
             if self.log.lines:
                 self.guarded(None, self.log.flush)
         self.log.hold = False
@@ -3757,6 +3784,9 @@ class Listener(Connection):
                 Timer(loop, 1, self._rested)
                 return
             sock.setblocking(False)
+            # A socket of both families, handed over, has IPv4 peers as ::ffff:192.0.2.1.
+            if re.match("::ffff:.*[.]", address[0]):
+                address = (address[0][7:],) + address[1:]
             place = address_place(address[0])
             reason = shim.refusal(address[0], place)
             if reason and not self._make_room(reason, address[0], place):
@@ -3816,6 +3846,9 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
             handed_over.remove(sock)
             tune(sock)
             return sock
+        if (address[0] == "0.0.0.0" and sock.getsockname()[:2] == ("::", address[1])
+                and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)):
+            return sock.dup()           # One for both families, as systemd's are.
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -3838,7 +3871,8 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
         if address[0] in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL:
             return None                         # IPv6 is switched off.
         hint = {errno.EACCES: "; below 1024 a port needs root at the start",
-                errno.EADDRINUSE: "; another program has it"}.get(error.errno, "")
+                errno.EADDRINUSE: "; another program has it, or nutshim itself under another "
+                                  "address (at a reload: restart it)"}.get(error.errno, "")
         raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint}") from None
 
 
@@ -4050,7 +4084,8 @@ class Control(Connection):
         try:
             answer = self.daemon.request(data.decode("ascii", "replace").strip())
         finally:
-            conn.send(answer.encode())
+            # A file's name need not be UTF-8.
+            conn.send(answer.encode("utf-8", "backslashreplace"))
             if not conn.out:
                 conn.close()
 
@@ -4385,11 +4420,12 @@ class Process:
         try:
             if account and self.pidfile is not None:
                 os.lchown(control_path(conf), account.pw_uid, account.pw_gid)
-            # Not /dev/null's owner, nor a terminal's.
-            if account and self._log.fd > 2 and stat.S_ISREG(os.fstat(self._log.fd).st_mode):
+            # Its log is the account's, but for /dev/null and what the shell has opened.
+            if (account and self._log.fd > 2 and conf.log not in STANDARD_LOGS
+                    and stat.S_ISREG(os.fstat(self._log.fd).st_mode)):
                 os.fchown(self._log.fd, account.pw_uid, account.pw_gid)
             if conf.chroot:
-                import ipaddress                # noqa: F401  Out of reach afterwards.
+                import difflib, ipaddress, resource     # noqa: E401, F401  A reload may need them.
                 at = conf.at("chroot") + conf.chroot + ": "
                 os.chroot(conf.chroot)
             os.chdir("/")
@@ -4450,8 +4486,6 @@ class Daemon:
     def run(self, ready: Callable) -> int:
         """Open everything, become the user, say ready() and serve; ConfigError before that."""
         conf, credentials, warnings = check_config(self.path, self.args.user, self.args.chroot)
-        if conf.log == "stderr" and not self.args.foreground:
-            raise ConfigError(conf.at("log") + "stderr needs -F or -D")
         self.conf = conf
         self.account = account = find_account(conf, lambda text: self.log(WARNING, text))
         if account:
@@ -4465,9 +4499,13 @@ class Daemon:
             if not self.args.foreground or "running already" in str(fault):
                 raise
             self.log(WARNING, f"{fault}; -c will not work")
-        self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
+        try:
+            self.loop = Loop(self.log, conf.handshake_threads, self._signalled)
+        except RuntimeError as error:
+            raise ConfigError(f"{conf.at('handshake_threads')}{error}: raise the limit of "
+                              "processes or memory (ulimit, TasksMax)") from None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)      # The loop learns of it by the wake-up byte.
+            signal.signal(number, self.loop.signalled)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         self._apply(conf, credentials, warnings,
@@ -4492,6 +4530,8 @@ class Daemon:
     def _open_log(self, conf):
         """What log.use() takes."""
         target = "stderr" if self.args.debug else conf.log
+        if not self.args.foreground and (target == "stderr" or target in STANDARD_LOGS):
+            raise ConfigError(f"{conf.at('log')}{target} needs -F or -D")
         if (target == "syslog" and self.args.foreground and "log" not in conf.lines
                 and not any(map(os.path.exists, SYSLOG_PATHS))):
             self.log(NOTICE, "no syslog here, so the log goes to stderr")
@@ -4797,4 +4837,5 @@ def main(argv: Optional[list] = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Control-C at a probe: no traceback.
     sys.exit(main())

@@ -116,6 +116,17 @@ def test_a_silent_first_upstream_costs_its_half_second_once(shim, pki, server):
         assert min(times[1:]) < 0.4, times          # less than the half second for which the next one waits
 
 
+def test_hundreds_of_addresses_that_fail_at_once(shim, pki):
+    """However many addresses refuse at once, a resolver's worst answer say, the client gets the end at once."""
+    port = free_port()
+    upstreams = ["127.%d.1.%d:%d" % (number // 200 + 1, number % 200 + 1, port) for number in range(600)]
+    one = shim(config(pki, upstreams, reuse=30))
+    for command in ("VER\n", "USERNAME x\n"):
+        with PlainClient(one.port("client")) as client:
+            client.send(command)
+            assert client.recv_until_close(SOON) == b""
+
+
 def test_the_first_upstream_is_used_while_it_works(shim, pki, server):
     """With both upstreams up the first is used, time and again, and the second is not even dialled."""
     one, two = server("one"), server("two")

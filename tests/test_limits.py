@@ -5,12 +5,15 @@ Real processes throughout. Where a fault cannot be had for real, nutshim.py is s
 script that plants it: harness.patched().
 """
 
+import collections
 import contextlib
+import ipaddress
 import os
 import re
 import resource
 import sys
 import time
+import types
 
 import pytest
 
@@ -20,7 +23,8 @@ from harness import (ROOT, PlainClient, TlsClient, client_context, command, free
 
 sys.path.insert(0, ROOT)
 
-from nutshim import address_place  # noqa: E402
+from nutshim import Reason, address_place  # noqa: E402
+from nutshim import Shim as RuntimeShim  # noqa: E402
 
 
 # ---- limits -------------------------------------------------------------------------------------
@@ -98,13 +102,36 @@ def test_silent_strangers_make_room_for_newcomers(shim, nut, pki, role, limit):
     one.wait_log("silent, and a newer connection needed its place")
 
 
+def test_who_is_not_admitted_keeps_nobody_out(shim, nut, pki):
+    """Peers whom permit refuses, and who do not end their connections, make room for one that comes after them."""
+    one = shim({"": {"max_sessions": 3}, "shim": server_section(
+        nut, pki, client_certificate="request", trust=pki.ca.cert, permit="CN=client.example: admin")})
+    port = one.port("shim")
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            refused = stack.enter_context(TlsClient(port))
+            assert refused.recv_line() == b"ERR ACCESS-DENIED\n"
+        with TlsClient(port, certificate=pki.client) as client:
+            assert client.ask("NETVER") == b"1.3\n"
+
+
 @pytest.mark.parametrize("one, other, same", [
     ("2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff", True), ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
-    ("fe80::1%eth0", "fe80::2%eth1", True), ("::1", "::2", True), ("192.0.2.1", "192.0.2.2", False),
-    ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False)])
+    ("fe80::1%eth0", "fe80::2%eth1", True), ("::1", "::2", True), ("192.0.2.1", "192.0.2.2", False)])
 def test_an_ipv6_network_of_64_bits_counts_as_one_address(one, other, same):
     """Whoever has a /64 of IPv6 has as many addresses as he likes (RFC 4291 2.5.4); IPv4 counts by the address."""
     assert (address_place(one) == address_place(other)) == same
+
+
+@pytest.mark.parametrize("host, admitted", [
+    ("192.0.2.1", True), ("fd00::ffff:1", True), ("fd00::1%eth0", True), ("192.0.3.1", False), ("fe00::ffff:1", False)])
+def test_allow_from_reads_every_form_of_an_address(host, admitted):
+    """An address is read whatever is in it."""
+    shim = types.SimpleNamespace(
+        conf=types.SimpleNamespace(allow_from=list(map(ipaddress.ip_network, ("192.0.2.0/24", "fd00::/8"))),
+                                   max_sessions_per_address=1),
+        loop=types.SimpleNamespace(sessions=(), max_sessions=1), addresses=collections.Counter())
+    assert RuntimeShim.refusal(shim, host, address_place(host)) is (None if admitted else Reason.ALLOW_FROM)
 
 
 DESCRIPTORS = """

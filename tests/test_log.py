@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from daemons import STAMP, as_root, knock, own_copy, read, refused, server_section, works
-from harness import (IS_ROOT, NUTSHIM, PRIMARY, PlainClient, Shim, TlsClient, command, free_port, pair_config,
-                     poll, run, write)
+from harness import (IS_ROOT, NUTSHIM, PRIMARY, FalseServer, PlainClient, Shim, TlsClient, command, free_port, pair_config,
+                     poll, run, tls, write)
 
 
 LOST = r"[1-9]\d* log lines.*lost"
@@ -110,6 +110,30 @@ def test_a_syslog_socket_that_nobody_reads_stops_nothing(nut, pki, tmp_path):
     syslog.close()
 
 
+def test_a_syslog_socket_of_streams_is_taken_too(nut, pki, tmp_path):
+    """Where syslogd listens for streams, as s6's does, each message ends with NUL, also to one that was restarted."""
+    port, path = free_port(), str(tmp_path / "syslog")
+    with Shim({"": {"log": "syslog"}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)},
+              **namespace(str(tmp_path), PRIVATE_DEV_LOG)) as shim:
+        poll(lambda: not refused(port), 10, lambda: "the port; " + shim.log)
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path)
+                listener.listen(1)
+                listener.settimeout(5)
+                knock(port, 2)
+                sock = listener.accept()[0]
+            with sock:
+                sock.settimeout(5)
+                data = b""
+                while data.count(b"opened\0") < 2:
+                    data += sock.recv(65536)
+                assert all(re.match(rb"<\d+>\w{3} [ \d]\d [\d:]{8} nutshim\[\d+\]: [^\n]+$", line)
+                           for line in data.split(b"\0")[:-1])
+            os.unlink(path)
+            knock(port)                             # and there is nobody again
+
+
 def test_a_standard_error_that_nobody_reads_stops_nothing(nut, pki, tmp_path):
     """With stderr a pipe that is full, sessions go on; once it is read again the log says how many lines were lost."""
     fifo, port = str(tmp_path / "stderr"), free_port()
@@ -136,36 +160,38 @@ def test_a_standard_error_that_nobody_reads_stops_nothing(nut, pki, tmp_path):
     os.close(reader)
 
 
-def test_a_device_as_log_keeps_its_owner(nut, pki, tmp_path):
-    """Started as root with a device as its log, the daemon becomes its user and leaves the device's owner and mode alone."""
-    port, device = free_port(), str(tmp_path / "null")
-    mknod = 'mount -t tmpfs -o dev,mode=755 tmpfs "$0" && mknod -m 666 "$0/null" c 1 3'
-    with Shim({"": {"log": device, "user": "nobody"}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)},
-              **namespace(str(tmp_path), mknod)) as shim:
-        poll(lambda: not refused(port), 10, lambda: "the port; " + shim.log)
-        assert works(port)
-        info = os.stat("/proc/%d/root%s" % (shim.pid, device))
-        assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, 0, 0o666)
-        assert os.stat("/proc/%d" % shim.pid).st_uid != 0
-
-
 def test_a_full_disk_stops_nothing(nut, pki, tmp_path):
-    """With the log's file system full, sessions go on; with space again the log goes on and says how many lines were lost."""
+    """With the log's file system full, sessions go on; with space again the log goes on, in a line of its own, and says how
+    many lines were lost."""
     port, disk = free_port(), str(tmp_path / "disk")
     os.mkdir(disk)
     with Shim({"": {"log": disk + "/log"}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)},
-              **namespace(disk, 'mount -t tmpfs -o size=16k tmpfs "$0"')) as shim:
+              **namespace(disk, 'mount -t tmpfs -o size=16k tmpfs "$0"; head -c 8k /dev/zero >"$0/ballast"')) as shim:
         poll(lambda: not refused(port), 10, lambda: "the port; " + shim.log)
         log = "/proc/%d/root%s/log" % (shim.pid, disk)
         with TlsClient(port) as client:
             for _ in range(20):
                 knock(port, 10)
                 assert client.ask("NETVER") == b"1.3\n"
-            assert 8000 < os.path.getsize(log) <= 16384
-            os.truncate(log, 0)
+            assert os.path.getsize(log) == 8192
+            os.unlink(os.path.join(os.path.dirname(log), "ballast"))
             knock(port)
             poll(lambda: re.search(LOST, read(log)), 5, "the number of lost lines")
+            assert max(line.count("nutshim[") for line in read(log).splitlines()) == 1
             assert client.ask("NETVER") == b"1.3\n"
+
+
+def test_a_line_is_never_longer_than_2048_characters(shim, pki):
+    """A false server whose certificate has thousands of names does not fill the log with them."""
+    names = pki.ca.issue("many", ",".join("DNS:%s%d.example" % ("x" * 50, number) for number in range(1000)))
+    with FalseServer(tls(names)) as server:
+        one = shim({"client": {"role": "client", "listen": "127.0.0.1:0", "upstream": "localhost:%d" % server.port,
+                               "trust": pki.ca.cert}})
+        with PlainClient(one.port("client")) as client:
+            client.send("VER\n")
+            assert client.recv_until_close() == b""
+        one.wait_log("no upstream .*its certificate is")
+    assert max(map(len, one.lines)) < 2048 + 100    # the time and the process stand before it
 
 
 STEPS = {                                           # of an opening, by the shim that takes them
@@ -263,6 +289,16 @@ def test_a_reload_that_fails_leaves_the_log_where_it_was(daemon, nut, pki):
     assert command(shim, "reload").returncode == 0
     knock(port)
     poll(lambda: "closed" in read(elsewhere), 5, "lines in the new log")
+
+
+def test_a_daemon_in_the_background_is_given_no_standard_file_at_a_reload(daemon, nut, pki):
+    """There stderr and stdout lead nowhere, so a reload that asks for them fails and the log goes on where it was."""
+    shim = daemon({"shim": server_section(nut, pki)})
+    for target in ("stderr", "/dev/stderr", "/dev/stdout"):
+        shim.configure({"": {"log": target}, "shim": server_section(nut, pki, listen="127.0.0.1:%d" % shim.port("shim"))})
+        done = command(shim, "reload")
+        assert done.returncode == 1 and re.search("log: %s needs -F" % target, done.stderr), done.stderr
+        assert "%s needs -F" % target in shim.log
 
 
 def test_a_log_that_cannot_be_opened_anew_goes_on_as_it_is(daemon, nut, pki):

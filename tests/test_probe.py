@@ -4,11 +4,14 @@ that a person can act on. The servers are real server shims in front of real ups
 
 import contextlib
 import re
+import signal
+import sys
 import time
 
 import pytest
 
-from harness import FalseServer, Nut, Relay, Shim, clean_env, closes, run_shim, says, silent, tls, write
+from harness import (NUTSHIM, FalseServer, Nut, Process, Relay, Shim, clean_env, closes, poll, run_shim, says, silent, tls,
+                     write)
 
 DEAD = "127.0.0.1:1"                                # nothing listens there
 STEPS = ["resolve", "connect", "STARTTLS", "TLS", "chain", "name", "pin", "upsd"]
@@ -140,6 +143,21 @@ def test_silent_port(probe, pki):
     with FalseServer(silent) as server:
         failed(probe("127.0.0.1:%d" % server.port, trust=pki.ca.cert), "STARTTLS", "no answer within 1 s")
     assert time.monotonic() - start < 5
+
+
+def test_control_c_ends_it_without_a_traceback(tmp_path):
+    """Whoever is tired of waiting for a silent upstream types Control-C, and reads no traceback."""
+    with FalseServer(silent) as server:
+        path = write(tmp_path / "nutshim.conf", "[box]\nrole = client\nupstream = 127.0.0.1:%d\nverify = none\n"
+                     "handshake_timeout = 60\n" % server.port)
+        probe = Process([sys.executable, NUTSHIM, "-p", "box", "-f", path])
+        try:
+            probe.wait_log("resolve")
+            poll(lambda: server.peers, 5, "its connection")
+            probe.signal(signal.SIGINT)
+            assert probe.wait() == -signal.SIGINT and "Traceback" not in probe.log
+        finally:
+            probe.end()
 
 
 def test_silent_after_starttls(probe, pki):

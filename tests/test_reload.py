@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -118,6 +119,21 @@ def test_a_faulty_reload_changes_nothing_and_says_why(shim, nut, pki, tmp_path):
 
 
 @as_root
+def test_a_file_whose_name_is_not_utf_8_is_named_all_the_same(shim, pki, tmp_path):
+    """-c reload and the log tell of a fault in a file of trust whose name is Latin-1."""
+    trust = str(tmp_path / "trust")
+    os.mkdir(trust)
+    shutil.copy(pki.ca.cert, trust)
+    name = os.path.join(os.fsencode(trust), b"caf\xe9.pem")
+    shutil.copy(os.fsencode(pki.ca.cert), name)
+    one = shim({"client": {"role": "client", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:1", "trust": trust}})
+    with open(name, "ab") as file:
+        file.write(b"-----BEGIN CERTIFICATE-----\n")
+    done = command(one, "reload", timeout=60)
+    assert done.returncode == 1 and "caf\\udce9.pem: line" in done.stderr, done.stderr
+    one.wait_log(re.escape("caf\\udce9.pem: line"))
+
+
 def test_an_unreadable_key_fails_the_reload_alone(daemon, nut, pki, account, python_for_all):
     """A key that only root may read is read at start, fails a later reload with words, and the old one goes on."""
     shim = daemon({"": {"user": "nut"}, "shim": server_section(nut, pki)}, python=python_for_all)
@@ -176,6 +192,35 @@ def test_nothing_delays_the_end(shim, pki, tmp_path):
             poll(lambda: upsd.peers and b"VER" in upsd.peers[0].received, 5, "the command at upsd")
             poll(lambda: len(status(one)["sessions"]) == 4, 5, "four sessions")
             one.stop(within=3)
+
+
+def test_a_signal_among_hundreds_is_not_lost(shim, nut, pki, tmp_path):
+    """TERM ends it although hundreds of other signals came before it, all of them during a reload that took long."""
+    section, fifo = server_section(nut, pki), str(tmp_path / "fifo.pem")
+    os.mkfifo(fifo)
+    one = shim({"shim": section})
+    one.configure({"shim": dict(section, certificate=fifo)})
+
+    def pending():
+        with open("/proc/%d/status" % one.pid, encoding="ascii", errors="replace") as file:
+            return int(re.search(r"ShdPnd:\s*(\w+)", file.read()).group(1), 16)
+    one.signal(signal.SIGHUP)
+    writer = os.open(fifo, os.O_WRONLY)             # waits until the reload reads the certificate
+    for number in 600 * [signal.SIGHUP] + [signal.SIGTERM]:
+        one.signal(number)
+        poll(lambda: not pending(), 5, "the signal's arrival")
+    os.close(writer)
+    assert one.wait(5) == 0
+
+
+def test_a_reload_from_one_address_to_all_says_that_it_takes_a_restart(shim, nut, pki):
+    """Where the running nutshim itself is in the way of a new address, a reload says so and changes nothing."""
+    port = free_port()
+    one = shim({"shim": server_section(nut, pki, listen="127.0.0.1:%d" % port)})
+    one.configure({"shim": server_section(nut, pki, listen="0.0.0.0:%d" % port)})
+    done = command(one, "reload")
+    assert done.returncode == 1 and re.search(r"listen: 0\.0\.0\.0:%d: .*nutshim itself.*restart" % port, done.stderr)
+    assert works(port)
 
 
 def test_a_reload_during_the_stop_is_refused(shim, pki):

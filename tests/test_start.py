@@ -70,8 +70,10 @@ FAILED_STARTS = {
     "unknown user": ({}, {"user": "nobody-such"}, (), "user.*nobody-such"),
     "unknown user of -u": ({}, {}, ("-u", "nobody-such"), "user.*nobody-such"),
     "chroot that is none": ({}, {}, ("-r", "{folder}/none"), "chroot.*none"),
+    "pidfile with too long a path": ({}, {"pidfile": "{folder}/" + 110 * "x" + ".pid"}, (), "pidfile.*path too long"),
     "log in no directory": ({}, {"log": "{folder}/none/log"}, (), "log.*none/log: " + NO_FILE),
     "log to stderr": ({}, {"log": "stderr"}, (), "log.*stderr.*-F"),
+    "log to a standard file's device": ({}, {"log": "/dev/stdout"}, (), "log.*/dev/stdout.*-F"),
 }
 
 
@@ -92,6 +94,22 @@ def test_a_failed_start_is_told_by_the_parent(daemon, nut, pki, case):
     assert "Traceback" not in done.stderr and done.stdout == ""
     poll(lambda: not shim.processes(), 5, "the end of every process of the failed start")
     assert not [name for name in os.listdir(shim.folder) if name.endswith(".sock")]
+
+
+NO_THREADS = """
+import _thread
+def start_new_thread(*_):
+    raise RuntimeError("can't start new thread")
+_thread.start_new_thread = start_new_thread
+"""
+
+
+def test_a_start_without_threads_is_told(daemon, nut, pki, tmp_path):
+    """Where the system gives it no thread, as under a narrow limit of processes, it says so without a traceback."""
+    shim = daemon({"shim": server_section(nut, pki)}, start=False, script=patched(str(tmp_path), NO_THREADS))
+    done = shim.start()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"handshake_threads: can't start new thread: raise the limit", done.stderr), done.stderr
 
 
 @as_root
@@ -321,6 +339,19 @@ def test_files_that_a_reload_could_not_read_are_named_at_the_start(daemon, nut, 
 
 
 @as_root
+def test_the_status_comes_where_the_folder_trust_is_closed(daemon, nut, pki, account):
+    """-c status works although nut cannot list the folder that trust names."""
+    shim = daemon({}, start=False)
+    folder = os.path.join(shim.folder, "trust")
+    os.mkdir(folder, 0o700)
+    shutil.copy(pki.ca.cert, folder)
+    shim.configure({"": {"user": "nut"}, "shim": server_section(nut, pki, client_certificate="request", trust=folder)})
+    assert shim.start().returncode == 0
+    assert folder in status(shim)["shims"][0]["files"]
+    assert re.search("warning: %s: nut cannot read it" % folder, read(shim.log_file))
+
+
+@as_root
 def test_privileged_ports_stay_open_over_reload(daemon, nut, pki, account, python_for_all):
     """A port below 1024, opened as root, goes on through reloads as the user nut; a new one is refused with words."""
     def is_free(port):
@@ -367,8 +398,27 @@ def test_root_follows_no_link_of_its_user(daemon, nut, pki, account, name):
 
 
 @as_root
+def test_root_gives_its_user_no_device_and_no_output(nut, pki, account, python_for_all, tmp_path):
+    """A log in /dev/null or /dev/stdout does not hand the device, or the file that the shell has opened, to nut."""
+    device, output, port = str(tmp_path / "null"), write(str(tmp_path / "output"), ""), free_port()
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        write(device, "")
+    except OSError:
+        pytest.skip("no devices can be made here")
+    for log in (device, "/dev/stdout"):
+        section = server_section(nut, pki, listen="127.0.0.1:%d" % port)
+        with Shim({"": {"user": account.pw_name, "log": log}, "shim": section}, python="sh", script="-c", ready=0,
+                  args=('exec "$@" >"$0"', output, python_for_all, NUTSHIM, "-F")) as one:
+            poll(lambda one=one: proc_status("/proc/%d" % one.pid, "Uid")[0] == str(account.pw_uid), 10, "the change of user")
+    assert "stopped" in read(output)
+    assert os.stat(device).st_uid == os.stat(output).st_uid == 0
+
+
+@as_root
 def test_a_chroot_confines_and_nothing_is_missing_in_it(daemon, nut, pki, tmp_path):
-    """In an empty chroot everything still works: both roles, status, the traceback of a bug, and a reload of what lies in it."""
+    """In an empty chroot everything still works: both roles, status, the traceback of a bug, and a reload of what lies in
+    it, faulty or not."""
     script = patched(str(tmp_path), PLANTED)
     middle = free_port()
     config = {"server": server_section(nut, pki, listen="127.0.0.1:%d" % middle),
@@ -402,6 +452,13 @@ def test_a_chroot_confines_and_nothing_is_missing_in_it(daemon, nut, pki, tmp_pa
         assert done.returncode == 0, done.stderr
         with PlainClient(shim.port("client")) as late:
             assert late.ask("NETVER") == client.ask("NETVER") == b"1.3\n"
+        good = read(jail + shim.config)
+        write(jail + shim.config, "max_sesions = 5\n" + good)
+        done = command(shim, "reload")
+        assert done.returncode == 1 and "did you mean max_sessions" in done.stderr, done.stderr
+        write(jail + shim.config, "max_sessions = 100000\n" + good)
+        done = command(shim, "reload")              # which raises the limit of descriptors
+        assert done.returncode == 0, done.stderr
     assert command(shim, "stop").returncode == 0
 
 
@@ -411,10 +468,10 @@ HAND_OVER = """
 import os, socket, sys
 for wanted, address in enumerate(sys.argv[2].split(","), 3):
     host, _, port = address.rpartition(":")
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    if ":" in host:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind((host, int(port)))
+    sock = socket.socket(socket.AF_INET6 if ":" in host or host == "*" else socket.AF_INET)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "*")
+    sock.bind((host.replace("*", "::"), int(port)))
     sock.listen(5)
     if sock.fileno() != wanted:
         os.dup2(sock.fileno(), wanted)
@@ -427,7 +484,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def handed_over(config, addresses, wrong_pid=0):
-    """A Shim that gets listening sockets the way systemd hands them over (sd_listen_fds(3))."""
+    """A Shim that gets listening sockets the way systemd hands them over (sd_listen_fds(3)); * is one of both families."""
     return Shim(config, python=sys.executable, script="-c",
                 args=(HAND_OVER, str(wrong_pid), ",".join(addresses), sys.executable, NUTSHIM, "-F"))
 
@@ -449,6 +506,24 @@ def test_sockets_of_systemd_are_taken_for_the_listen_lines_that_match(nut, pki):
             shim.wait_log("reloaded")
             assert client.ask("NETVER") == b"1.3\n"
             assert works(port) and works(plain)
+
+
+def test_a_socket_of_both_families_serves_both(nut, pki):
+    """One socket, as systemd makes it of ListenStream=PORT, is enough for listen = *, also after a reload; peers of IPv4
+    have their own address."""
+    port = free_port()
+    config = {"one": server_section(nut, pki, listen="*:%d" % port, allow_from="127.0.0.1, ::1", plaintext="localhost")}
+    with handed_over(config, ["*:%d" % port]) as shim:
+        for reloaded in (False, True):
+            if reloaded:
+                shim.reload()
+                shim.wait_log("reloaded")
+            for host in ("127.0.0.1", "::1"):
+                with PlainClient(port, host) as client:
+                    assert client.ask("NETVER") == b"1.3\n"
+            with PlainClient(port, source=("127.0.0.2", 0)) as client:
+                assert client.recv_until_close() == b""
+        shim.wait_log(r"\[one\] #\d+ 127\.0\.0\.1:\d+: opened")
 
 
 def test_sockets_meant_for_another_process_are_closed(nut, pki):
