@@ -604,6 +604,7 @@ def check_config(path: str, user=None, chroot=None) -> tuple:
         faults.append(conf.at("user") + f"there is no user '{conf.user}' here")
     if conf.chroot and not os.path.isdir(conf.chroot):
         faults.append(conf.at("chroot") + f"{conf.chroot} is no directory")
+    add_listen_faults(conf.shims, faults)
     if faults:
         faults.sort(key=lambda fault: int(fault[len(conf.path) + 1:].partition(":")[0]))
         raise ConfigError("\n".join(faults))
@@ -3703,7 +3704,6 @@ class Listener(Connection):
     __slots__ = ("shim",)
 
     def __init__(self, loop: Loop, sock: socket.socket, shim: Shim):
-        sock.listen(BACKLOG)
         super().__init__(loop, sock, None, self._accept)
         self.shim = shim
 
@@ -3772,14 +3772,41 @@ def listen_keys(conf: Conf) -> list:
     return list(keys)
 
 
+def clash(key: tuple, others: Iterable) -> Optional[tuple]:
+    """The one of other keys that cannot be open beside this one: the same, or * has its port."""
+    family, address, _ = key
+    return next((other for other in others if other[0] == family and address[1] == other[1][1] > 0
+                 and (address == other[1] or {"0.0.0.0", "::"} & {address[0], other[1][0]})), None)
+
+
+def add_listen_faults(shims: list, faults: list) -> None:
+    """Add a line for each address that is listened on twice, by itself or as one of *'s."""
+    taken: dict = {}                            # key: the shim's name
+    for conf in shims:
+        if any(fault.startswith(f"{conf.path}:{conf.lines.get('listen')}:") for fault in faults):
+            continue                            # Instead of what is wrong it has the default.
+        try:
+            keys = listen_keys(conf)
+        except ConfigError:
+            continue                            # A warning, until it is to be opened.
+        for key in keys:
+            other = clash(key, taken)
+            if other:
+                faults.append(f"{conf.at('listen')}{address_text(key[1])}: [{taken[other]}] "
+                              f"listens on {address_text(other[1])} already")
+                break
+            taken[key] = conf.name
+
+
 def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.socket]:
-    """A bound socket, one of those handed over if it fits; None where the machine lacks the whole
-    family; ConfigError."""
+    """A listening socket, one of those handed over if it fits; None where the machine lacks the
+    whole family; ConfigError."""
     family, address, _ = key
     for sock in handed_over:
         if sock.family == family and sock.getsockname()[:2] == address[:2]:
             handed_over.remove(sock)
             tune(sock)
+            sock.listen(BACKLOG)
             return sock
     sock = None
     try:
@@ -3794,6 +3821,7 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
             except OSError:
                 pass                            # The other family's, or for root only.
         sock.bind(address)
+        sock.listen(BACKLOG)                    # Only this tells for sure that nobody else does.
         return sock
     except OSError as error:
         if sock:
@@ -4441,10 +4469,11 @@ class Daemon:
             for shim in shims:
                 at = shim.conf.at("listen")
                 for key in listen_keys(shim.conf):
-                    if key in wanted:
-                        raise ConfigError(f"{at}{address_text(key[1])} is "
-                                          f"[{wanted[key].name}]'s already")
                     if key not in self.listeners:
+                        other = clash(key, self.listeners)
+                        if other:
+                            raise ConfigError(f"{at}{address_text(key[1])}: nutshim itself listens "
+                                              f"on {address_text(other[1])}, until a restart")
                         sock = open_listener(key, at, socks)
                         if not sock:
                             continue
