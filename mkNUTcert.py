@@ -279,8 +279,9 @@ def write_files(outputs: List[Output]) -> None:
         room = {folder: rooms.enter_context(scratch(folder))
                 for folder in dict.fromkeys(os.path.dirname(output.path) for output in outputs)}
         staged = []
-        for number, output in enumerate(outputs):
-            staged.append(os.path.join(room[os.path.dirname(output.path)], str(number)))
+        for output in outputs:
+            folder, name = os.path.split(output.path)
+            staged.append(os.path.join(room[folder], name))     # A name it cannot have shows, too.
             with blame(output.path):
                 stage(staged[-1], output)
                 if output.fresh and os.path.lexists(output.path):
@@ -787,7 +788,10 @@ class OpenSSL:
 
     def public(self, key: bytes) -> bytes:
         """DER of the public half of a private key."""
-        return der(self("pkey", "-pubout", stdin=key))
+        code, out, _ = self.run("pkey", "-pubout", stdin=key)
+        if code != 0:
+            raise Fault("a private key that openssl cannot read; bring the whole file again")
+        return der(out)
 
 
 def asn1_time(when: datetime.datetime) -> str:
@@ -1102,7 +1106,7 @@ def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     say_made([name], end, opts.key_type, made)
     print("\nOn the upsd box, in nutshim.conf, in the server shim's section:\n"
           "  client_certificate = require\n  trust = %s\n  crl = %s"
-          % (ca.path("ca.pem"), ca.path("crl.pem")))
+          % (conf_text(ca.path("ca.pem")), conf_text(ca.path("crl.pem"))))
     if opts.bundle:
         print("\nCarry {0} to {1}, and there, as root:\n  tar -xpf {2} -C {3} && rm {2}".format(
             opts.bundle, name.text, os.path.basename(opts.bundle), THERE))
@@ -1111,7 +1115,8 @@ def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
         print("  nutshim.py -t")
     else:
         print("\nCarry %s to %s, and there, in nutshim.conf, in the client shim's section:\n"
-              "  certificate = %s/%s" % (path, name.text, THERE, os.path.basename(path)))
+              "  certificate = %s" % (path, name.text,
+                                       conf_text(os.path.join(THERE, os.path.basename(path)))))
 
 
 def bundle(file_name: str, pem: bytes, ca_cert: bytes, server: Optional[str]) -> bytes:
@@ -1150,7 +1155,7 @@ def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\n"
           "Next, where it could be shown, in nutshim.conf:\n  crl = %s\n"
           "(on the upsd box for a client's certificate, on the clients' for a server's) "
-          "and nutshim.py -c reload" % (opts.file, crl, rights(crl), crl))
+          "and nutshim.py -c reload" % (opts.file, crl, rights(crl), conf_text(crl)))
 
 
 def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
@@ -1212,6 +1217,11 @@ def say_made(names: List[Name], end: datetime.datetime, kind: str, made: Dict[st
               "as Debian's is.")
 
 
+def conf_text(path: str) -> str:
+    """A path as nutshim.conf has it: in quotes where it would end, or be two."""
+    return '"%s"' % path if re.search("[#;,]", path) else path
+
+
 def say(text: str) -> None:
     print("mkNUTcert.py: " + text, file=sys.stderr)
 
@@ -1222,21 +1232,22 @@ def say_shims(names: List[Name], server: str, trust: str, pin: str) -> None:
 On the upsd box, in nutshim.conf:
   [upsd]
   role = server
-  certificate = {server}
+  certificate = {set_server}
 then nutshim.py -t, and start it, or nutshim.py -c reload.
 
 On each client's box, with {trust} copied to {there}, in nutshim.conf:
   [ups]
   role = client
   upstream = {host}
-  trust = {there}/{file}
+  trust = {set_trust}
 or, without a file, by the server's key alone:
   [ups]
   role = client
   upstream = {host}
   verify = pin
-  pin = {pin}""".format(server=server, trust=trust, there=THERE, host=bracketed(name),
-                        file=os.path.basename(trust), pin=pin))
+  pin = {pin}""".format(trust=trust, there=THERE, host=bracketed(name), pin=pin,
+                        set_server=conf_text(server),
+                        set_trust=conf_text(os.path.join(THERE, os.path.basename(trust)))))
 
 
 # --- show: a file in words ---
@@ -1247,7 +1258,7 @@ def show(ossl: OpenSSL, opts: argparse.Namespace) -> int:
         try:
             show_file(ossl, read_pem(path))
         except Fault as fault:
-            say(str(fault))
+            say(str(fault) if path in str(fault) else "%s: %s" % (path, fault))
             code = 1
     return code
 
@@ -1334,25 +1345,24 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
     for path in paths:
         try:
             pem = read_pem(path)
-            files.append((pem, describe_all(pem)))
+            files.append((pem, describe_all(pem), [pin_of(ossl.public(key)) for key in pem.keys]))
         except Fault as fault:
             what, _, cure = str(fault).partition("; ")
             found.append((path, what.replace(path + ": ", ""),
                           cure or "name the right file, or make it again"))
-    own = [cert for _, certs in files for cert in certs]
+    own = [cert for _, certs, _ in files for cert in certs]
     known = list(own)
     known += [cert for path in opts.trust for cert in describe_all(read_pem(path))]
-    crls = [crl for pem, _ in files for crl in pem.crls]
+    crls = [crl for pem, _, _ in files for crl in pem.crls]
     with contextlib.suppress(Fault):
         folder = opts.d or os.path.join(conf_folder(), "nutshim")
         known += describe_all(read_pem(os.path.join(folder, "ca.pem")))
         crls += read_pem(os.path.join(folder, "crl.pem")).crls
     trust = b"".join(cert.pem for cert in known if cert.is_ca or cert.issuer == cert.subject)
-    for pem, certs in files:
+    for pem, certs, pins in files:
         faults = []
         of_ca = False
-        for key in pem.keys:
-            pin = pin_of(ossl.public(key))
+        for pin in pins:
             of_ca = any(cert.is_ca and cert.pin == pin for cert in known)
             if pin not in [cert.pin for cert in certs[:1] or known]:
                 other = "first certificate" if certs else "certificates here"

@@ -1072,6 +1072,17 @@ def test_the_lines_to_paste_work(tmp_path):
     assert pin(pair.server) in pair.output
 
 
+def test_the_lines_to_paste_work_for_any_folder(tmp_path):
+    """A path with what means something in nutshim.conf is printed so that nutshim.py -t takes it: in server, client and revoke."""
+    ca = Ca(tmp_path / "a, b #1;")
+    server, = sections(mk("server", "localhost", "-d", ca.folder))[:1]
+    client = mk("client", "c.lan", "-d", ca.folder)
+    lines = [line for line in client.splitlines() if re.match("  (client_certificate|trust|crl) = ", line)]
+    assert len(lines) == 3 and lines[2] in mk("revoke", ca.folder + "/c.lan.client.pem", "-d", ca.folder)
+    tested = run_shim("-t", "-f", write(str(tmp_path / "nutshim.conf"), "\n".join([server] + lines)))
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
 # ---- show and check -----------------------------------------------------------------------------
 
 def test_show(tmp_path, kit):
@@ -1085,6 +1096,10 @@ def test_show(tmp_path, kit):
         assert part in text, part
     text = mk("show", "missing.pem", ca.cert, MKNUTCERT, expect=1, path=kit.path)
     assert "missing.pem: No such file" in text and "no whole PEM file" in text and "of a CA" in text
+    for kind in "PRIVATE KEY", "X509 CRL":
+        broken = write(str(tmp_path / "broken.pem"), "-----BEGIN %s-----\nMAAA\n-----END %s-----\n" % (kind, kind))
+        text = mk("show", broken, ca.cert, expect=1, path=kit.path)
+        assert re.search("(?m)^mkNUTcert.py: %s: .*cannot (be )?read" % re.escape(broken), text) and "of a CA" in text, text
     expired = ca.make("client", "e.lan", "--notBefore", "-99999", "--notAfter", "-86500", "-o", tmp_path / "e.pem")
     assert "EXPIRED 1 days ago" in mk("show", expired, path=kit.path)
 
@@ -1135,6 +1150,9 @@ def test_check_names_each_fault_and_its_cure(tmp_path):
     assert "passphrase" in faults(str(tmp_path / "locked.pem"))
     assert "no whole PEM file" in faults(file("".join(parts[server])[:-40]))
     assert "No such file" in faults("missing.pem")
+    broken = file("-----BEGIN PRIVATE KEY-----\nMAAA\n-----END PRIVATE KEY-----\n", parts[server][1], name="broken.pem")
+    found = faults(broken, server, "--for", "b.lan")
+    assert "broken.pem: a private key that openssl cannot read" in found and "not for b.lan" in found
     mk("revoke", client, "-d", ca.folder)
     assert "is revoked" in faults(client)
     faults(server, code=0)
