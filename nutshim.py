@@ -1218,7 +1218,8 @@ def _seconds(element):
     text = element.content.decode("ascii")
     if element.tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
-    match = re.match(r"(\d{4})(\d\d)(\d\d)([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z$", text, re.ASCII)
+    match = re.fullmatch(
+        r"(\d{4})(\d\d)(\d\d)([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z", text, re.ASCII)
     year, month, day, hour, minute, second = map(int, match.groups() if match else bytes(6))
     leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
     lengths = (0, 31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
@@ -1348,8 +1349,9 @@ Block.__doc__ = "A PEM block: CERTIFICATE or the like, bytes, BEGIN's line, a lo
 
 _BLANKS = "".join(map(chr, range(33)))                  # What OpenSSL takes off a line's end.
 _marker = re.compile(r"-----(BEGIN|END) ([!-,.-~]+(?:[ -][!-,.-~]+)*)-----").fullmatch
-_like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
-                          r"-\s*(?i:(?:BEGIN|END) (?:\w+ )*(?:CERTIFICATE|CRL|KEY)\b)").search
+_like_marker = re.compile(
+    r"(?:BEGIN|END)\s+(?:[A-Z0-9]+\s+)*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
+    r"-\s*(?i:(?:BEGIN|END)\s+(?:\w+\s+)*(?:CERTIFICATE|CRL|KEY)\b)").search
 _base64 = re.compile(r"[A-Za-z0-9+/]*={0,2}").fullmatch
 
 
@@ -1401,8 +1403,11 @@ def pem_blocks(data: bytes) -> list:
 
 def _block(kind, start, lines):
     """A block of the lines between BEGIN and END; headers end with an empty line (RFC 1421 4.4)."""
-    end = lines.index("") if lines and ":" in lines[0] and "" in lines else 0
+    end = lines.index("") if "" in lines else 0
     text = "".join(lines[end:])
+    if end and ":" not in lines[0] or "" in lines[end + 1:]:
+        raise ValueError(f"line {start + end + 1}: an empty line in this block, which to OpenSSL "
+                         "is the end of its headers: take it out, and all others")
     if not text or len(text) % 4 or not _base64(text):
         bad = [number for number, line in enumerate(lines, start + 1)
                if number > start + end and not _base64(line)]
