@@ -15,7 +15,7 @@ import threading
 import pytest
 
 from conftest import missing
-from harness import IS_ROOT, ROOT, clean_env, run, run_shim, write
+from harness import IS_ROOT, ROOT, clean_env, folder, run, run_shim, write
 from test_packaging import parsed, path_of
 
 HOST = os.uname().nodename.lower()
@@ -168,7 +168,8 @@ def test_install_refuses_wrong_usage(words, tmp_path):
     (("--pin", PIN, "client", "[::1"), "expected a host name"),
     (("--pin", PIN + "," + PIN[:-1], "client", "upsbox"), "expected sha256//"),
     (("--upsd", "local host", "server"), "expected HOST"),
-    (("--names", "a;b", "server"), "neither a host name"),
+    (("--names", "a;b", "server"), "names: 'a;b': no host name"), (("--names", "ups.lan -x a..b", "server"), "'-x': no host name"),
+    (("--names", "192.0.2.300", "server"), "no valid IPv4"),
     (("--trust", "/nowhere.pem", "client", "upsbox"), "No such file"),
 ])
 def test_install_checks_its_arguments_first(words, expected, tmp_path):
@@ -500,6 +501,30 @@ def test_install_without_a_hostname_command(need, tmp_path):
     done = installed(tmp_path / "there", "server", env=dict(env, PATH="%s:%s" % (tmp_path, env["PATH"])))
     assert "for %s localhost 127.0.0.1 ::1 " % HOST in done.stdout
     assert HOST in run("openssl", "x509", "-noout", "-text", "-in", str(tmp_path / "there" / SERVER_FILE)).stdout
+
+
+def test_install_server_with_more_addresses_than_fit(need, tmp_path):
+    """A box with more addresses than a certificate has room for gets one with its names, those asked for, and the first of them."""
+    need("openssl")
+    write(str(tmp_path / "hostname"), "#!/bin/sh\n[ $1 != -I ] || seq -f 192.0.2.%g 150\n", 0o755)
+    env = clean_env()
+    done = installed(tmp_path / "there", "--names", "ups.lan", "server", env=dict(env, DESTDIR=str(tmp_path / "there"), PATH="%s:%s" % (
+        tmp_path, env["PATH"])))
+    assert "for %s localhost 127.0.0.1 ::1 ups.lan 192.0.2.1 " % HOST in done.stdout and " 192.0.2.150" not in done.stdout
+
+
+@pytest.mark.skipif(not IS_ROOT or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_install_dry_run_needs_to_read_nutshim_conf():
+    """Where only root may read nutshim.conf, --dry-run by somebody else says so, and makes no guess."""
+    with folder("dry") as path:
+        os.makedirs(path + "/etc/nut")
+        for each in (path, path + "/etc", path + "/etc/nut"):
+            os.chmod(each, 0o755)
+        write(path + "/etc/nut/nutshim.conf", "[upsd]\nrole = server\n")
+        for words in (("client", "upsbox"), ("server",), ("remove",)):
+            done = run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", path_of("install"), "--dry-run", *words,
+                       env=clean_env(DESTDIR=path), cwd="/")
+            assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("nutshim: /etc/nut/nutshim.conf cannot be read"), done
 
 
 def test_install_with_busybox_alone(need, tmp_path):
