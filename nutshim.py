@@ -1655,16 +1655,22 @@ def describe_peer(sock) -> Peer:
 _NAME_FAULTS = (62, 64)
 _DATE_WORDS = {9: "is not valid yet: compare the clocks", 10: "has expired: renew it"}
 _UNKNOWN_CA = "unknown CA: its issuer is not in trust"
+_NO_CA = "its issuer's certificate is not one of a CA"
+_ODD_LIST = "the revocation list (crl) is not a plain one, of all that its CA has issued"
 _VERIFY_WORDS = {
     3: "no revocation list (crl) of its issuer: with crl set, each CA above it needs one",
+    7: "unknown CA: trust has another CA with the name of its issuer, or of that one's",
+    8: "the revocation list (crl) is from another CA with the name of its issuer",
     11: "the revocation list (crl) is not valid yet: compare the clocks",
     12: "the revocation list (crl) has expired: renew it",
     18: "its certificate is self-signed and not in trust",
     19: _UNKNOWN_CA, 20: _UNKNOWN_CA, 21: _UNKNOWN_CA,
     23: "its certificate, or its issuer's, is revoked",
-    24: "its issuer's certificate is not one of a CA",
+    24: _NO_CA, 79: _NO_CA,                 # The former in OpenSSL 1.1.1.
     26: "its certificate, or its issuer's, was made for another use: a server's has serverAuth, "
         "a client's clientAuth",
+    35: "the revocation list (crl) does not count: its CA's certificate lacks cRLSign",
+    36: _ODD_LIST, 44: _ODD_LIST,
     66: "the key of its certificate " + _WEAK_KEY,
     67: "the key of a CA above its certificate " + _WEAK_KEY,
     68: "its certificate, or its issuer's, " + _WEAK_DIGEST}

@@ -530,6 +530,23 @@ def test_a_list_for_every_ca(shim, pki, tmp_path):
     assert "no revocation list (crl) of %s: with crl set, each CA" % who in log, log
 
 
+def test_another_ca_of_the_same_name(shim, pki, tmp_path):
+    """Where trust, crl or the chain has a certificate that does not fit though its name does, log and -p say which and why."""
+    other = type(pki.ca)(str(tmp_path / "other"), "/CN=Test CA")
+    openssl("req", "-new", "-key", pki.server.key, "-subj", "/CN=localhost", "-out", str(tmp_path / "csr"))
+    extensions = write(str(tmp_path / "extensions"), "subjectAltName=DNS:localhost\nauthorityKeyIdentifier=none\n")
+
+    def signed(title, issuer):
+        openssl("x509", "-req", "-in", str(tmp_path / "csr"), "-CA", issuer.cert, "-CAkey", issuer.key, "-set_serial", "9", "-extfile", extensions,
+                "-out", str(tmp_path / title))
+        return write(str(tmp_path / (title + ".pem")), read(pki.server.key) + read(tmp_path / title) + read(issuer.cert))
+    for server, crl, words in ((signed("leaf", other), pki.crl, "trust has another CA with the name of its issuer"),
+                               (pki.server.file, other.crl(), "revocation list (crl) is from another CA with the name"),
+                               (signed("under", pki.client), None, "its issuer's certificate is not one of a CA")):
+        log, probe = says(shim, server, trust=pki.ca.cert, **{"crl": crl} if crl else {})
+        assert words in log and words in probe, (log, probe)
+
+
 @pytest.mark.parametrize("value, good", [
     ("localhost", True), ("localhost.", True), ("UPS_box.lan", True), ("192.0.2.1", True), ("2001:db8::1", True), ("b\u00fccher.lan", False),
     ("ups.lan, nas.lan", False), ("ups.lan:401", False), ("[::1]", False), ("ups lan", False), ("*.lan", False), ("ups..lan", False), (".", False),
