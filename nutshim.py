@@ -4318,6 +4318,8 @@ class Process:
         try:
             fd = open_own(path, os.O_RDWR, 0o644, uid)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_size > 20:
+                raise ConfigError(f"{conf.at('pidfile')}{path}: is no pidfile, and left as it is")
             os.ftruncate(fd, 0)
             os.write(fd, b"%d\n" % os.getpid())
         except BlockingIOError:
@@ -4716,6 +4718,8 @@ def check(path: str, args: types.SimpleNamespace) -> int:
     """-t and -p."""
     conf, credentials, warnings = check_config(path, args.user, args.chroot)
     if args.test:
+        if not os.path.isdir(os.path.dirname(conf.log) or "/"):
+            raise ConfigError(f"{conf.at('log')}{conf.log}: there is no such folder")
         print_check(conf, credentials, warnings)
         return 0
     for shim in conf.shims:

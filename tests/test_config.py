@@ -28,7 +28,7 @@ VALUES = {
     "user": (["root"], [("no-such-user", "user 'no-such-user'")]),
     "chroot": (["/"], [("/no/such/folder", "is no directory")]),
     "pidfile": (["/run/x.pid", "x.pid"], []),
-    "log": (["syslog", "stderr", "/tmp/log", "log.txt"], []),
+    "log": (["syslog", "stderr", "/tmp/log", "log.txt"], [("/no/such/log", "no such folder"), ("no/log", "no such folder")]),
     "handshake_threads": (["1", "64"], [("0", "from 1 to 64"), ("65", "from 1 to 64"), ("two", "whole number"),
                                         ("-1", "whole number"), ("1.5", "whole number"), ("\u0662", "whole number"),
                                         ("\u00b2", "whole number")]),
