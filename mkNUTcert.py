@@ -286,6 +286,11 @@ def write_files(outputs: List[Output]) -> None:
                 stage(staged[-1], output)
                 if output.fresh and os.path.lexists(output.path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        for folder in sorted(room):  # one run at a time, or the files of two would be mixed
+            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            rooms.callback(os.close, fd)
+            with contextlib.suppress(OSError):  # no locks there
+                fcntl.flock(fd, fcntl.LOCK_EX)
         # Now it is quicker to finish than to stop, and half of it would be worth less than either.
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)

@@ -889,6 +889,17 @@ def test_two_runs_at_once_for_one_pair(tmp_path):
         verify(str(folder / "c.pem"), str(folder / "s.pem"))
 
 
+def test_two_runs_at_once_that_replace_one_pair(tmp_path, monkeypatch):
+    """With -y the last of several runs wins, with both files. (Each takes its time between the two.)"""
+    server, client = str(tmp_path / "s.pem"), str(tmp_path / "c.pem")
+    monkeypatch.setattr(tool, "sync_names", lambda folder: time.sleep(int.from_bytes(os.urandom(1), "big") / 1000))
+    args = ["-y", "-SAN", "a.lan", "-s", server, "-c", client]
+    assert tool.main(args) == 0
+    pids = [forked(lambda: tool.main(args)) for _ in range(8)]
+    assert set(map(wait, pids)) == {0}
+    verify(client, server)
+
+
 def test_runs_at_once_in_one_ca(tmp_path):
     """Several runs at once in one CA all succeed, no serial comes twice, and the index has them all."""
     ca = Ca(tmp_path / "ca")
