@@ -18,6 +18,10 @@ from conftest import missing
 from harness import IS_ROOT, ROOT, clean_env, folder, run, run_shim, write
 from test_packaging import parsed, path_of
 
+sys.path.insert(0, ROOT)
+# pylint: disable=wrong-import-position
+import nutshim  # noqa: E402
+
 HOST = os.uname().nodename.lower()
 PIN = "sha256//" + "A" * 43 + "="
 OTHER_PIN = "sha256//" + "B" * 43 + "="
@@ -525,6 +529,40 @@ def test_install_dry_run_needs_to_read_nutshim_conf():
             done = run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", path_of("install"), "--dry-run", *words,
                        env=clean_env(DESTDIR=path), cwd="/")
             assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("nutshim: /etc/nut/nutshim.conf cannot be read"), done
+
+
+ODD_CONF = """\
+\ufeff; role = client
+ user\t=  "nut" # not root\r
+[ a ] # role = client
+role=server # of the client\r
+certificate = "/x/a #1; b.pem" # c
+listen = "127.0.0.1:1", [::1]:2 ; c
+#upstream = x
+[b-c.d]
+\trole = "client"\t#"server"
+upstream = "h","i:402" ;"
+trust = /x/"a = b".pem
+"""
+
+
+@pytest.mark.parametrize("shell", ["sh", "busybox ash"])
+def test_install_reads_nutshim_conf_as_nutshim_does(shell, need, tmp_path):
+    """Comments, quotes, blanks, CRLF and a byte order mark mean to install what they mean to nutshim.py."""
+    need(shell.split()[0])
+    (tmp_path / "awk").symlink_to(shutil.which("busybox" if "busybox" in shell else "awk"))
+    path, env = write(str(tmp_path / "nutshim.conf"), ODD_CONF), clean_env()
+    with open(path_of("install"), encoding="utf-8") as file:
+        function = re.search(r"(?ms)^settings_of\(\).*?^}$", file.read()).group()
+    done = run(*shell.split(), "-c", function + '\nsettings_of "$0"', path, env=dict(env, PATH="%s:%s" % (tmp_path, env["PATH"])))
+    assert done.stdout.splitlines() == [
+        "- user nut", "a role server", "a certificate /x/a #1; b.pem", "a listen 127.0.0.1:1, [::1]:2", "b-c.d role client",
+        "b-c.d upstream h,i:402", "b-c.d trust /x/a = b.pem"], done
+    conf, faults = nutshim.read_config(path)
+    first, second = conf.shims
+    assert not faults and (conf.user, first.name, first.role, first.certificate) == ("nut", "a", "server", "/x/a #1; b.pem"), faults
+    assert first.listen == [("127.0.0.1", 1), ("::1", 2)] and second.upstream == [("h", 401), ("i", 402)]
+    assert (second.name, second.role, second.trust) == ("b-c.d", "client", "/x/a = b.pem")
 
 
 def test_install_with_busybox_alone(need, tmp_path):
