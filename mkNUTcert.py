@@ -41,6 +41,7 @@ import io
 import os
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -489,7 +490,8 @@ def read_pem(path: str) -> Pem:
     for block in blocks:
         if block.encrypted:
             raise Fault("%s: the key has a passphrase, which nobody types when a box starts; "
-                        "take it off: openssl pkey -in %s -out NEWFILE" % (path, path))
+                        "take it off: openssl pkey -in %s -out NEWFILE"
+                        % (path, shlex.quote(path)))
         place = {"CERTIFICATE": pem.certs, "X509 CRL": pem.crls}.get(
             block.kind, pem.keys if block.kind.endswith("PRIVATE KEY") else [])
         lines = b"\n".join(re.findall(b".{1,64}", base64.b64encode(block.der)))
@@ -861,7 +863,7 @@ class CA:
         ossl.place = private = self.path("private")
         if not create and not os.path.exists(self.path("ca.pem")):
             raise Fault("%s: there is no CA; make one: mkNUTcert.py ca -d %s"
-                        % (self.folder, self.folder))
+                        % (self.folder, shlex.quote(self.folder)))
         for path in (self.folder, self.path("issued"), private):
             if create and not os.path.isdir(path):
                 with blame(path):
@@ -873,7 +875,8 @@ class CA:
             if info.st_uid != os.geteuid():
                 cure = "run this as the one it belongs to"
             elif info.st_mode & 0o022:
-                cure = "chmod go-w " + path + (", or choose another folder" if create else "")
+                cure = "chmod go-w %s%s" % (shlex.quote(path),
+                                            ", or choose another folder" if create else "")
             if cure:
                 raise Fault("%s: is %s; a CA is safe only where nobody but you can write: %s"
                             % (path, rights(path), cure))
@@ -899,7 +902,7 @@ class CA:
         if os.stat(key).st_mode & 0o077:
             raise Fault("%s: is %s, and whoever can read it can pose as any box: chmod 600 %s; "
                         "if somebody has read it, make another CA, in another folder"
-                        % (key, rights(key), key))
+                        % (key, rights(key), shlex.quote(key)))
         self.index = read_index(self.path("private/index.txt"), self.record("private/index.txt"))
         self.catch_up()
 
@@ -970,7 +973,7 @@ class CA:
         if not re.fullmatch(rb"[0-9]{1,18}", text):
             raise Fault("%s: is damaged, expected the last revocation list's number; write it "
                         "there in decimal; openssl crl -noout -crlnumber -in %s tells it in "
-                        "hexadecimal" % (path, self.path("crl.pem")))
+                        "hexadecimal" % (path, shlex.quote(self.path("crl.pem"))))
         number = int(text) + 1
         crl = self.ossl.crl(self.key, self.cert, index, number)
         if on_list(crl) != revoked(index):
@@ -1070,7 +1073,7 @@ def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
                 "the CA's key: stays here; who has it can pose as any box"})
         print("\nNext:\n  mkNUTcert.py server{0}        a certificate for this box's upsd\n"
               "  mkNUTcert.py client NAME{0}   one for a client, where the server shim demands it"
-              .format(" -d " + opts.d if opts.d else ""))
+              .format(" -d " + shlex.quote(opts.d) if opts.d else ""))
 
 
 def make_server(ossl: OpenSSL, opts: argparse.Namespace) -> None:
@@ -1114,7 +1117,7 @@ def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
           % (conf_text(ca.path("ca.pem")), conf_text(ca.path("crl.pem"))))
     if opts.bundle:
         print("\nCarry {0} to {1}, and there, as root:\n  tar -xpf {2} -C {3} && rm {2}".format(
-            opts.bundle, name.text, os.path.basename(opts.bundle), THERE))
+            opts.bundle, name.text, shlex.quote(os.path.basename(opts.bundle)), THERE))
         if not opts.upstream:
             print("  (set upstream in nutshim.conf)")
         print("  nutshim.py -t")
@@ -1352,9 +1355,8 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
             pem = read_pem(path)
             files.append((pem, describe_all(pem), [pin_of(ossl.public(key)) for key in pem.keys]))
         except Fault as fault:
-            what, _, cure = str(fault).partition("; ")
-            found.append((path, what.replace(path + ": ", ""),
-                          cure or "name the right file, or make it again"))
+            what, _, cure = str(fault).replace(path + ": ", "").partition("; ")
+            found.append((path, what, cure or "name the right file, or make it again"))
     own = [cert for _, certs, _ in files for cert in certs]
     known = list(own)
     known += [cert for path in opts.trust for cert in describe_all(read_pem(path))]
@@ -1417,21 +1419,21 @@ def not_checked(certs: List[Certificate], known: List[Certificate], crls: List[b
 
 def check_rights(pem: Pem, of_ca: bool) -> Faults:
     """of_ca: it has a CA's key, which is for its owner alone."""
-    info, path = os.stat(pem.path), pem.path
+    info, path, word = os.stat(pem.path), pem.path, shlex.quote(pem.path)
     user = next(filter(None, (find(pwd.getpwnam, name) for name in NUT_USERS)), None)
     if info.st_uid not in (0, os.geteuid(), user.pw_uid if user else 0):
-        yield "belongs to another user: " + rights(path), "chown root " + path
+        yield "belongs to another user: " + rights(path), "chown root " + word
     if info.st_mode & 0o022:
-        yield "others can change it: " + rights(path), "chmod go-w " + path
+        yield "others can change it: " + rights(path), "chmod go-w " + word
     if pem.keys and info.st_mode & 0o004:
-        yield "everybody can read the key: " + rights(path), "chmod o= " + path
+        yield "everybody can read the key: " + rights(path), "chmod o= " + word
     elif of_ca and info.st_mode & 0o077:
-        yield "not only its owner can read the CA's key: " + rights(path), "chmod 600 " + path
+        yield "not only its owner can read the CA's key: " + rights(path), "chmod 600 " + word
     elif user and not of_ca and info.st_uid == 0 and not info.st_mode & 0o004 and not (
             info.st_mode & 0o040 and info.st_gid == user.pw_gid):
         yield ("NUT's user %s cannot read it, so a reload would fail: %s"
                % (user.pw_name, rights(path)),
-               "chgrp %d %s && chmod g+r %s" % (user.pw_gid, path, path))
+               "chgrp %d %s && chmod g+r %s" % (user.pw_gid, word, word))
 
 
 def check_dates(path: str, cert: Certificate) -> Faults:
@@ -1439,7 +1441,7 @@ def check_dates(path: str, cert: Certificate) -> Faults:
         yield ("%s: expired on %s UTC" % (cert.subject, cert.end),
                "make another CA, in another folder, and from it new certificates: "
                "mkNUTcert.py ca -d DIR" if cert.is_ca
-               else "mkNUTcert.py renew %s, or make it again" % path)
+               else "mkNUTcert.py renew %s, or make it again" % shlex.quote(path))
     if cert.start > now():
         yield ("%s: not valid before %s UTC" % (cert.subject, cert.start),
                "set this box's clock, or wait")

@@ -1159,6 +1159,12 @@ def test_check_names_each_fault_and_its_cure(tmp_path):
     assert "chmod go-w" in faults(write(str(tmp_path / "z.pem"), "".join(parts[server]), 0o620))
     ossl("pkey", "-in", server, "-aes256", "-passout", "pass:secret", "-out", tmp_path / "locked.pem")
     assert "passphrase" in faults(str(tmp_path / "locked.pem"))
+    odd = write(str(tmp_path / "it's $odd; *.pem"), "".join(parts[server]), 0o666)
+    os.chown(odd, -1, os.stat(server).st_gid)
+    for cure in re.findall("cure: (.*)", faults(odd)):
+        assert run("sh", "-c", cure).returncode == 0
+    faults(odd, code=0)
+    assert faults(odd + "; x.pem").startswith("%s; x.pem: No such file or directory\n" % odd)
     assert "no whole PEM file" in faults(file("".join(parts[server])[:-40]))
     assert "No such file" in faults("missing.pem")
     broken = file("-----BEGIN PRIVATE KEY-----\nMAAA\n-----END PRIVATE KEY-----\n", parts[server][1], name="broken.pem")
