@@ -41,6 +41,7 @@ import io
 import os
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -279,12 +280,18 @@ def write_files(outputs: List[Output]) -> None:
         room = {folder: rooms.enter_context(scratch(folder))
                 for folder in dict.fromkeys(os.path.dirname(output.path) for output in outputs)}
         staged = []
-        for number, output in enumerate(outputs):
-            staged.append(os.path.join(room[os.path.dirname(output.path)], str(number)))
+        for output in outputs:
+            folder, name = os.path.split(output.path)
+            staged.append(os.path.join(room[folder], name))     # A name it cannot have shows, too.
             with blame(output.path):
                 stage(staged[-1], output)
                 if output.fresh and os.path.lexists(output.path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        for folder in sorted(room):  # one run at a time, or the files of two would be mixed
+            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            rooms.callback(os.close, fd)
+            with contextlib.suppress(OSError):  # no locks there
+                fcntl.flock(fd, fcntl.LOCK_EX)
         # Now it is quicker to finish than to stop, and half of it would be worth less than either.
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
@@ -483,7 +490,8 @@ def read_pem(path: str) -> Pem:
     for block in blocks:
         if block.encrypted:
             raise Fault("%s: the key has a passphrase, which nobody types when a box starts; "
-                        "take it off: openssl pkey -in %s -out NEWFILE" % (path, path))
+                        "take it off: openssl pkey -in %s -out NEWFILE"
+                        % (path, shlex.quote(path)))
         place = {"CERTIFICATE": pem.certs, "X509 CRL": pem.crls}.get(
             block.kind, pem.keys if block.kind.endswith("PRIVATE KEY") else [])
         lines = b"\n".join(re.findall(b".{1,64}", base64.b64encode(block.der)))
@@ -787,7 +795,10 @@ class OpenSSL:
 
     def public(self, key: bytes) -> bytes:
         """DER of the public half of a private key."""
-        return der(self("pkey", "-pubout", stdin=key))
+        code, out, _ = self.run("pkey", "-pubout", stdin=key)
+        if code != 0:
+            raise Fault("a private key that openssl cannot read; bring the whole file again")
+        return der(out)
 
 
 def asn1_time(when: datetime.datetime) -> str:
@@ -852,7 +863,7 @@ class CA:
         ossl.place = private = self.path("private")
         if not create and not os.path.exists(self.path("ca.pem")):
             raise Fault("%s: there is no CA; make one: mkNUTcert.py ca -d %s"
-                        % (self.folder, self.folder))
+                        % (self.folder, shlex.quote(self.folder)))
         for path in (self.folder, self.path("issued"), private):
             if create and not os.path.isdir(path):
                 with blame(path):
@@ -864,7 +875,8 @@ class CA:
             if info.st_uid != os.geteuid():
                 cure = "run this as the one it belongs to"
             elif info.st_mode & 0o022:
-                cure = "chmod go-w " + path + (", or choose another folder" if create else "")
+                cure = "chmod go-w %s%s" % (shlex.quote(path),
+                                            ", or choose another folder" if create else "")
             if cure:
                 raise Fault("%s: is %s; a CA is safe only where nobody but you can write: %s"
                             % (path, rights(path), cure))
@@ -890,7 +902,7 @@ class CA:
         if os.stat(key).st_mode & 0o077:
             raise Fault("%s: is %s, and whoever can read it can pose as any box: chmod 600 %s; "
                         "if somebody has read it, make another CA, in another folder"
-                        % (key, rights(key), key))
+                        % (key, rights(key), shlex.quote(key)))
         self.index = read_index(self.path("private/index.txt"), self.record("private/index.txt"))
         self.catch_up()
 
@@ -961,7 +973,7 @@ class CA:
         if not re.fullmatch(rb"[0-9]{1,18}", text):
             raise Fault("%s: is damaged, expected the last revocation list's number; write it "
                         "there in decimal; openssl crl -noout -crlnumber -in %s tells it in "
-                        "hexadecimal" % (path, self.path("crl.pem")))
+                        "hexadecimal" % (path, shlex.quote(self.path("crl.pem"))))
         number = int(text) + 1
         crl = self.ossl.crl(self.key, self.cert, index, number)
         if on_list(crl) != revoked(index):
@@ -1077,7 +1089,7 @@ def make_ca(ossl: OpenSSL, opts: argparse.Namespace) -> None:
                 "the CA's key: stays here; who has it can pose as any box"})
         print("\nNext:\n  mkNUTcert.py server{0}        a certificate for this box's upsd\n"
               "  mkNUTcert.py client NAME{0}   one for a client, where the server shim demands it"
-              .format(" -d " + opts.d if opts.d else ""))
+              .format(" -d " + shlex.quote(opts.d) if opts.d else ""))
 
 
 def make_server(ossl: OpenSSL, opts: argparse.Namespace) -> None:
@@ -1118,17 +1130,18 @@ def make_client(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     say_made([name], end, opts.key_type, made)
     print("\nOn the upsd box, in nutshim.conf, in the server shim's section:\n"
           "  client_certificate = require\n  trust = %s\n  crl = %s"
-          % (ca.path("ca.pem"), ca.path("crl.pem")))
+          % (conf_text(ca.path("ca.pem")), conf_text(ca.path("crl.pem"))))
     if opts.bundle:
         print("\nCarry {0} to {1}, and there, as root:\n  tar -xpf {2} -C {3} && rm {2}".format(
-            opts.bundle, name.text, os.path.basename(opts.bundle), THERE))
+            opts.bundle, name.text, shlex.quote(os.path.basename(opts.bundle)), THERE))
         if not opts.upstream:
             print("  (set upstream in nutshim.conf)")
         print("  nutshim.py -t\nthen start it, or nutshim.py -c reload.")
     else:
         print("\nCarry %s to %s, where the user %s has to be able to read it, and there, in "
-              "nutshim.conf, in the client shim's section:\n  certificate = %s/%s"
-              % (path, name.text, NUT_USERS[0], THERE, os.path.basename(path)))
+              "nutshim.conf, in the client shim's section:\n  certificate = %s"
+              % (path, name.text, NUT_USERS[0],
+                 conf_text(os.path.join(THERE, os.path.basename(path)))))
 
 
 def bundle(file_name: str, pem: bytes, ca_cert: bytes, server: Optional[str]) -> bytes:
@@ -1169,7 +1182,7 @@ def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
           "Next, where it could be shown, in nutshim.conf:\n  crl = %s\n"
           "(on the upsd box for a client's certificate, on the clients' for a server's) "
           "and nutshim.py -c reload.\nSessions that are open go on; a restart of nutshim ends them."
-          % (opts.file, crl, rights(crl), crl))
+          % (opts.file, crl, rights(crl), conf_text(crl)))
     if others:
         print("\nCareful: for the same name these are still good. If the box is lost, revoke them "
               "too:\n  " + "\n  ".join(others))
@@ -1236,6 +1249,11 @@ def say_made(names: List[Name], end: datetime.datetime, kind: str, made: Dict[st
               "as Debian's is.")
 
 
+def conf_text(path: str) -> str:
+    """A path as nutshim.conf has it: in quotes where it would end, or be two."""
+    return '"%s"' % path if re.search("[#;,]", path) else path
+
+
 def say(text: str) -> None:
     print("mkNUTcert.py: " + text, file=sys.stderr)
 
@@ -1246,21 +1264,22 @@ def say_shims(names: List[Name], server: str, trust: str, pin: str) -> None:
 On the upsd box, in nutshim.conf:
   [upsd]
   role = server
-  certificate = {server}
+  certificate = {set_server}
 then nutshim.py -t, and start it, or nutshim.py -c reload.
 
 On each client's box, with {trust} copied to {there}, in nutshim.conf:
   [ups]
   role = client
   upstream = {host}
-  trust = {there}/{file}
+  trust = {set_trust}
 or, without a file, by the server's key alone:
   [ups]
   role = client
   upstream = {host}
   verify = pin
-  pin = {pin}""".format(server=server, trust=trust, there=THERE, host=bracketed(name),
-                        file=os.path.basename(trust), pin=pin))
+  pin = {pin}""".format(trust=trust, there=THERE, host=bracketed(name), pin=pin,
+                        set_server=conf_text(server),
+                        set_trust=conf_text(os.path.join(THERE, os.path.basename(trust)))))
 
 
 # --- show: a file in words ---
@@ -1271,7 +1290,7 @@ def show(ossl: OpenSSL, opts: argparse.Namespace) -> int:
         try:
             show_file(ossl, read_pem(path))
         except Fault as fault:
-            say(str(fault))
+            say(str(fault) if path in str(fault) else "%s: %s" % (path, fault))
             code = 1
     return code
 
@@ -1359,25 +1378,23 @@ def check_group(ossl: OpenSSL, opts: argparse.Namespace, paths: List[str], role:
     for path in paths:
         try:
             pem = read_pem(path)
-            files.append((pem, describe_all(pem)))
+            files.append((pem, describe_all(pem), [pin_of(ossl.public(key)) for key in pem.keys]))
         except Fault as fault:
-            what, _, cure = str(fault).partition("; ")
-            found.append((path, what.replace(path + ": ", ""),
-                          cure or "name the right file, or make it again"))
-    own = [cert for _, certs in files for cert in certs]
+            what, _, cure = str(fault).replace(path + ": ", "").partition("; ")
+            found.append((path, what, cure or "name the right file, or make it again"))
+    own = [cert for _, certs, _ in files for cert in certs]
     known = list(own)
     known += [cert for path in opts.trust for cert in describe_all(read_pem(path))]
-    crls = [crl for pem, _ in files for crl in pem.crls]
+    crls = [crl for pem, _, _ in files for crl in pem.crls]
     with contextlib.suppress(Fault):
         folder = opts.d or os.path.join(conf_folder(), "nutshim")
         known += describe_all(read_pem(os.path.join(folder, "ca.pem")))
         crls += read_pem(os.path.join(folder, "crl.pem")).crls
     trust = b"".join(cert.pem for cert in known if cert.is_ca or cert.issuer == cert.subject)
-    for pem, certs in files:
+    for pem, certs, pins in files:
         faults = []
         of_ca = False
-        for key in pem.keys:
-            pin = pin_of(ossl.public(key))
+        for pin in pins:
             of_ca = any(cert.is_ca and cert.pin == pin for cert in known)
             if pin not in [cert.pin for cert in certs[:1] or known]:
                 other = "first certificate" if certs else "certificates here"
@@ -1427,21 +1444,21 @@ def not_checked(certs: List[Certificate], known: List[Certificate], crls: List[b
 
 def check_rights(pem: Pem, of_ca: bool) -> Faults:
     """of_ca: it has a CA's key, which is for its owner alone."""
-    info, path = os.stat(pem.path), pem.path
+    info, path, word = os.stat(pem.path), pem.path, shlex.quote(pem.path)
     user = next(filter(None, (find(pwd.getpwnam, name) for name in NUT_USERS)), None)
     if info.st_uid not in (0, os.geteuid(), user.pw_uid if user else 0):
-        yield "belongs to another user: " + rights(path), "chown root " + path
+        yield "belongs to another user: " + rights(path), "chown root " + word
     if info.st_mode & 0o022:
-        yield "others can change it: " + rights(path), "chmod go-w " + path
+        yield "others can change it: " + rights(path), "chmod go-w " + word
     if pem.keys and info.st_mode & 0o004:
-        yield "everybody can read the key: " + rights(path), "chmod o= " + path
+        yield "everybody can read the key: " + rights(path), "chmod o= " + word
     elif of_ca and info.st_mode & 0o077:
-        yield "not only its owner can read the CA's key: " + rights(path), "chmod 600 " + path
+        yield "not only its owner can read the CA's key: " + rights(path), "chmod 600 " + word
     elif user and not of_ca and info.st_uid == 0 and not info.st_mode & 0o004 and not (
             info.st_mode & 0o040 and info.st_gid == user.pw_gid):
         yield ("NUT's user %s cannot read it, so a reload would fail: %s"
                % (user.pw_name, rights(path)),
-               "chgrp %d %s && chmod g+r %s" % (user.pw_gid, path, path))
+               "chgrp %d %s && chmod g+r %s" % (user.pw_gid, word, word))
 
 
 def check_dates(path: str, cert: Certificate) -> Faults:
@@ -1449,7 +1466,7 @@ def check_dates(path: str, cert: Certificate) -> Faults:
         yield ("%s: expired on %s UTC" % (cert.subject, cert.end),
                "make another CA, in another folder, and from it new certificates: "
                "mkNUTcert.py ca -d DIR" if cert.is_ca
-               else "mkNUTcert.py renew %s, or make it again" % path)
+               else "mkNUTcert.py renew %s, or make it again" % shlex.quote(path))
     if cert.start > now():
         yield ("%s: not valid before %s UTC" % (cert.subject, cert.start),
                "set this box's clock, or wait")

@@ -634,6 +634,7 @@ def check_config(path: str, user=None, chroot=None) -> tuple:
         faults.append(conf.at("user") + f"there is no user '{conf.user}' here")
     if conf.chroot and not os.path.isdir(conf.chroot):
         faults.append(conf.at("chroot") + f"{conf.chroot} is no directory")
+    add_listen_faults(conf.shims, faults)
     if faults:
         faults.sort(key=lambda fault: int(fault[len(conf.path) + 1:].partition(":")[0]))
         raise ConfigError("\n".join(faults))
@@ -1252,7 +1253,8 @@ def _seconds(element):
     text = element.content.decode("ascii")
     if element.tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
-    match = re.match(r"(\d{4})(\d\d)(\d\d)([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z$", text, re.ASCII)
+    match = re.fullmatch(
+        r"(\d{4})(\d\d)(\d\d)([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z", text, re.ASCII)
     year, month, day, hour, minute, second = map(int, match.groups() if match else bytes(6))
     leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
     lengths = (0, 31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
@@ -1382,8 +1384,9 @@ Block.__doc__ = "A PEM block: CERTIFICATE or the like, bytes, BEGIN's line, a lo
 
 _BLANKS = "".join(map(chr, range(33)))                  # What OpenSSL takes off a line's end.
 _marker = re.compile(r"-----(BEGIN|END) ([!-,.-~]+(?:[ -][!-,.-~]+)*)-----").fullmatch
-_like_marker = re.compile(r"(?:BEGIN|END) (?:[A-Z0-9]+ )*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
-                          r"-\s*(?i:(?:BEGIN|END) (?:\w+ )*(?:CERTIFICATE|CRL|KEY)\b)").search
+_like_marker = re.compile(
+    r"(?:BEGIN|END)\s+(?:[A-Z0-9]+\s+)*(?:CERTIFICATE|CRL|KEY|PARAMETERS)\b|"
+    r"-\s*(?i:(?:BEGIN|END)\s+(?:\w+\s+)*(?:CERTIFICATE|CRL|KEY)\b)").search
 _base64 = re.compile(r"[A-Za-z0-9+/]*={0,2}").fullmatch
 
 
@@ -1435,8 +1438,11 @@ def pem_blocks(data: bytes) -> list:
 
 def _block(kind, start, lines):
     """A block of the lines between BEGIN and END; headers end with an empty line (RFC 1421 4.4)."""
-    end = lines.index("") if lines and ":" in lines[0] and "" in lines else 0
+    end = lines.index("") if "" in lines else 0
     text = "".join(lines[end:])
+    if end and ":" not in lines[0] or "" in lines[end + 1:]:
+        raise ValueError(f"line {start + end + 1}: an empty line in this block, which to OpenSSL "
+                         "is the end of its headers: take it out, and all others")
     if not text or len(text) % 4 or not _base64(text):
         bad = [number for number, line in enumerate(lines, start + 1)
                if number > start + end and not _base64(line)]
@@ -1688,16 +1694,22 @@ def describe_peer(sock) -> Peer:
 _NAME_FAULTS = (62, 64)
 _DATE_WORDS = {9: "is not valid yet: compare the clocks", 10: "has expired: renew it"}
 _UNKNOWN_CA = "unknown CA: its issuer is not in trust"
+_NO_CA = "its issuer's certificate is not one of a CA"
+_ODD_LIST = "the revocation list (crl) is not a plain one, of all that its CA has issued"
 _VERIFY_WORDS = {
     3: "no revocation list (crl) of its issuer: with crl set, each CA above it needs one",
+    7: "unknown CA: trust has another CA with the name of its issuer, or of that one's",
+    8: "the revocation list (crl) is from another CA with the name of its issuer",
     11: "the revocation list (crl) is not valid yet: compare the clocks",
     12: "the revocation list (crl) has expired: renew it",
     18: "its certificate is self-signed and not in trust",
     19: _UNKNOWN_CA, 20: _UNKNOWN_CA, 21: _UNKNOWN_CA,
     23: "its certificate, or its issuer's, is revoked",
-    24: "its issuer's certificate is not one of a CA",
+    24: _NO_CA, 79: _NO_CA,                 # The former in OpenSSL 1.1.1.
     26: "its certificate, or its issuer's, was made for another use: a server's has serverAuth, "
         "a client's clientAuth",
+    35: "the revocation list (crl) does not count: its CA's certificate lacks cRLSign",
+    36: _ODD_LIST, 44: _ODD_LIST,
     66: "the key of its certificate " + _WEAK_KEY,
     67: "the key of a CA above its certificate " + _WEAK_KEY,
     68: "its certificate, or its issuer's, " + _WEAK_DIGEST}
@@ -3765,7 +3777,6 @@ class Listener(Connection):
     __slots__ = ("shim",)
 
     def __init__(self, loop: Loop, sock: socket.socket, shim: Shim):
-        sock.listen(BACKLOG)
         super().__init__(loop, sock, None, self._accept)
         self.shim = shim
 
@@ -3837,14 +3848,41 @@ def listen_keys(conf: Conf) -> list:
     return list(keys)
 
 
+def clash(key: tuple, others: Iterable) -> Optional[tuple]:
+    """The one of other keys that cannot be open beside this one: the same, or * has its port."""
+    family, address, _ = key
+    return next((other for other in others if other[0] == family and address[1] == other[1][1] > 0
+                 and (address == other[1] or {"0.0.0.0", "::"} & {address[0], other[1][0]})), None)
+
+
+def add_listen_faults(shims: list, faults: list) -> None:
+    """Add a line for each address that is listened on twice, by itself or as one of *'s."""
+    taken: dict = {}                            # key: the shim's name
+    for conf in shims:
+        if any(fault.startswith(f"{conf.path}:{conf.lines.get('listen')}:") for fault in faults):
+            continue                            # Instead of what is wrong it has the default.
+        try:
+            keys = listen_keys(conf)
+        except ConfigError:
+            continue                            # A warning, until it is to be opened.
+        for key in keys:
+            other = clash(key, taken)
+            if other:
+                faults.append(f"{conf.at('listen')}{address_text(key[1])}: [{taken[other]}] "
+                              f"listens on {address_text(other[1])} already")
+                break
+            taken[key] = conf.name
+
+
 def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.socket]:
-    """A bound socket, one of those handed over if it fits; None where the machine lacks the whole
-    family; ConfigError."""
+    """A listening socket, one of those handed over if it fits; None where the machine lacks the
+    whole family; ConfigError."""
     family, address, _ = key
     for sock in handed_over:
         if sock.family == family and sock.getsockname()[:2] == address[:2]:
             handed_over.remove(sock)
             tune(sock)
+            sock.listen(BACKLOG)
             return sock
         if (address[0] == "0.0.0.0" and sock.getsockname()[:2] == ("::", address[1])
                 and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)):
@@ -3862,6 +3900,7 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
             except OSError:
                 pass                            # The other family's, or for root only.
         sock.bind(address)
+        sock.listen(BACKLOG)                    # Only this tells for sure that nobody else does.
         return sock
     except OSError as error:
         if sock:
@@ -3871,8 +3910,7 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
         if address[0] in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL:
             return None                         # IPv6 is switched off.
         hint = {errno.EACCES: "; below 1024 a port needs root at the start",
-                errno.EADDRINUSE: "; another program has it, or nutshim itself under another "
-                                  "address (at a reload: restart it)"}.get(error.errno, "")
+                errno.EADDRINUSE: "; another program has it"}.get(error.errno, "")
         raise ConfigError(f"{at}{address_text(address)}: {error.strerror}{hint}") from None
 
 
@@ -4395,6 +4433,8 @@ class Process:
         try:
             fd = open_own(path, os.O_RDWR, 0o644, uid)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_size > 20:
+                raise ConfigError(f"{conf.at('pidfile')}{path}: is no pidfile, and left as it is")
             os.ftruncate(fd, 0)
             os.write(fd, b"%d\n" % os.getpid())
         except BlockingIOError:
@@ -4549,10 +4589,11 @@ class Daemon:
             for shim in shims:
                 at = shim.conf.at("listen")
                 for key in listen_keys(shim.conf):
-                    if key in wanted:
-                        raise ConfigError(f"{at}{address_text(key[1])} is "
-                                          f"[{wanted[key].name}]'s already")
                     if key not in self.listeners:
+                        other = clash(key, self.listeners)
+                        if other:
+                            raise ConfigError(f"{at}{address_text(key[1])}: nutshim itself listens "
+                                              f"on {address_text(other[1])}, until a restart")
                         sock = open_listener(key, at, socks)
                         if not sock:
                             continue
@@ -4794,6 +4835,8 @@ def check(path: str, args: types.SimpleNamespace) -> int:
     """-t and -p."""
     conf, credentials, warnings = check_config(path, args.user, args.chroot)
     if args.test:
+        if not os.path.isdir(os.path.dirname(conf.log) or "/"):
+            raise ConfigError(f"{conf.at('log')}{conf.log}: there is no such folder")
         account = os.geteuid() == 0 and find_account(conf, warnings.append)
         if account and not conf.chroot:         # Where the paths lead elsewhere.
             try:

@@ -285,7 +285,7 @@ def mutant(chance, der):
             if kind < 10 and data:
                 data[chance.randrange(len(data))] = chance.choice((0, 0x2e, 0x5a, 0x80, 0xff, 0xd8, chance.randrange(256)))
             elif kind == 10:
-                data += bytes([chance.choice((0, 0x20, 0x5a, 0x80))])
+                data += bytes([chance.choice((0, 0x0a, 0x20, 0x5a, 0x80))])
             else:
                 del data[chance.randrange(len(data) + 1):]
             node[1] = bytes(data)

@@ -335,6 +335,18 @@ def test_the_outputs_disk_is_full(tmp_path, issued, command):
     raise AssertionError("never enough")
 
 
+def test_a_file_name_that_the_file_system_does_not_take(tmp_path, issued):
+    """Where the file with the key cannot have its name, nothing is recorded as issued, and nothing is made."""
+    folder, long = str(tmp_path / "ca"), str(tmp_path / ("n" * 256))
+    shutil.copytree(issued, folder)
+    before = content(folder)
+    for args in (("server", "s.lan", "-d", folder, "-o", long), ("client", "c3.lan", "-d", folder, "--bundle", long),
+                 ("renew", folder + "/c1.lan.client.pem", "-d", folder, "-o", long), ("-d", folder, "-s", "s.pem", "-c", long)):
+        text = mk_either(*args)
+        assert long + ": File name too long" in text and "written before" not in text, text
+        assert content(folder) == before and os.listdir(str(tmp_path)) == ["ca"], args
+
+
 # ---- no hard links, and others at the same time -------------------------------------------------
 
 @contextlib.contextmanager

@@ -203,6 +203,9 @@ def test_dates_of_all_centuries():
                           ("99991231235959Z", 253402300799)):
         found = nutshim.read_certificate(certificate(validity=tlv(0x30, time_of(text), time_of(text))))
         assert found.not_before == found.not_after == seconds, text
+    for text in ("310101000000Z\n", "310101000000", "310101000000z", "311301000000Z", "20310101000000", "310230000000Z"):
+        with pytest.raises(ValueError):
+            nutshim.read_certificate(certificate(validity=tlv(0x30, tlv(0x17, text.encode("ascii")), time_of("99991231235959Z"))))
 
 
 def test_nutshim_and_openssl_agree():
@@ -219,7 +222,8 @@ def test_nutshim_and_openssl_agree():
 # ---- PEM files ------------------------------------------------------------------------------------
 
 def check(tmp_path, text):
-    """-t of a configuration: the CompletedProcess, its words fit for an administrator."""
+    """-t of a configuration, each shim of which gets ports of its own: the CompletedProcess, its words fit for an administrator."""
+    text = text.replace("\nrole", "\nlisten = localhost:0\nrole")
     done = run_shim("-t", "-f", write(str(tmp_path / "nutshim.conf"), text))
     assert not RAW.search(re.sub(r"/\S*", "", done.stdout + done.stderr)), done
     return done
@@ -245,6 +249,8 @@ def test_damaged_pem_files_are_named(pki, tmp_path):
             "no BEGIN": (own + "\n".join(body[1:]), "expected its BEGIN"), "no key": (cert, "private key"),
             "der": (pki.server.der, "openssl x509 -inform DER"), "damaged key": (own.replace(own.split("\n")[1], own.split("\n")[1][::-1]) + cert,
                                                                                 "OpenSSL cannot use it"),
+            "empty line": (own + cert.replace(body[2], "\n" + body[2]), "line 8: an empty line in this block"),
+            "all lines doubled": ((own + cert).replace("\n", "\r\n\n"), "line 2: an empty line"),
         },
         "trust": {
             "dash lost": (ca[1:], "damaged"), "a damaged second": (ca + other.replace("MII", "!!!", 1), "damaged base64"),
@@ -253,6 +259,8 @@ def test_damaged_pem_files_are_named(pki, tmp_path):
                 ca + other.replace("BEGIN CERTIFICATE", "begin certificate"), "damaged BEGIN"), "a blank": (
                 ca + other.replace("ATE-----", "ATE -----"), "damaged BEGIN"), "misspelt": (
                 ca + other.replace("CERTIFICATE", "CERTFICATE"), "a certificate under the heading CERTFICATE"),
+            "two blanks": (ca + re.sub("(BEGIN|END) ", r"\1  ", other), "damaged BEGIN"), "empty line": (
+                ca + other.replace("\n-----END", "\n\n-----END"), "an empty line"),
             "trusted among others": (ca + tight, "TRUSTED CERTIFICATE"), "ber": (ca + pem(certificate(subject=indefinite(SUBJECT))), "indefinite"),
             "list": (ca + read(pki.crl), "revocation list, which counts only as crl"), "a list alone": (read(pki.crl), r"set crl = \S*list"),
         }}
@@ -517,10 +525,27 @@ def test_a_list_for_every_ca(shim, pki, tmp_path):
     text = "[c]\nrole = client\nupstream = localhost\ntrust = %s\ncrl = %s\n" % (
         write(str(tmp_path / "both"), read(pki.ca.cert) + read(pki.other_ca.cert)), pki.crl)
     done = check(tmp_path, text)
-    assert done.returncode == 0 and re.search(r"warning: \S*:5: \[c\] crl: no revocation list of CN=Other CA, which trust has", done.stdout), done
+    assert done.returncode == 0 and re.search(r"warning: \S*:6: \[c\] crl: no revocation list of CN=Other CA, which trust has", done.stdout), done
     log, _ = says(shim, pki.chained.file, trust=pki.ca.cert, crl=pki.crl)
     who = "CN=Test Intermediate CA" if sys.version_info >= (3, 10) else "its issuer"
     assert "no revocation list (crl) of %s: with crl set, each CA" % who in log, log
+
+
+def test_another_ca_of_the_same_name(shim, pki, tmp_path):
+    """Where trust, crl or the chain has a certificate that does not fit though its name does, log and -p say which and why."""
+    other = type(pki.ca)(str(tmp_path / "other"), "/CN=Test CA")
+    openssl("req", "-new", "-key", pki.server.key, "-subj", "/CN=localhost", "-out", str(tmp_path / "csr"))
+    extensions = write(str(tmp_path / "extensions"), "subjectAltName=DNS:localhost\nauthorityKeyIdentifier=none\n")
+
+    def signed(title, issuer):
+        openssl("x509", "-req", "-in", str(tmp_path / "csr"), "-CA", issuer.cert, "-CAkey", issuer.key, "-set_serial", "9", "-extfile", extensions,
+                "-out", str(tmp_path / title))
+        return write(str(tmp_path / (title + ".pem")), read(pki.server.key) + read(tmp_path / title) + read(issuer.cert))
+    for server, crl, words in ((signed("leaf", other), pki.crl, "trust has another CA with the name of its issuer"),
+                               (pki.server.file, other.crl(), "revocation list (crl) is from another CA with the name"),
+                               (signed("under", pki.client), None, "its issuer's certificate is not one of a CA")):
+        log, probe = says(shim, server, trust=pki.ca.cert, **{"crl": crl} if crl else {})
+        assert words in log and words in probe, (log, probe)
 
 
 @pytest.mark.parametrize("value, good", [

@@ -28,7 +28,7 @@ VALUES = {
     "user": (["root"], [("no-such-user", "user 'no-such-user'")]),
     "chroot": (["/"], [("/no/such/folder", "is no directory")]),
     "pidfile": (["/run/x.pid", "x.pid"], []),
-    "log": (["syslog", "stderr", "/tmp/log", "log.txt"], []),
+    "log": (["syslog", "stderr", "/tmp/log", "log.txt"], [("/no/such/log", "no such folder"), ("no/log", "no such folder")]),
     "handshake_threads": (["1", "64"], [("0", "from 1 to 64"), ("65", "from 1 to 64"), ("two", "whole number"),
                                         ("-1", "whole number"), ("1.5", "whole number"), ("\u0662", "whole number"),
                                         ("\u00b2", "whole number")]),
@@ -116,6 +116,8 @@ def base(files, role, option=None, value=None):
     if option:
         if role == "server" and (option in ("trust", "crl", "pin", "permit") or value in ("request", "require")):
             place.update(client_certificate="require", trust=files["ca"])
+        if option == "listen" and role == "client":
+            server["listen"] = "*:1"                # not the client's port
         if option == "key":
             place["certificate"] = files["cert"]
             if role == "client":
@@ -413,6 +415,9 @@ def test_all_faults_are_shown_at_once(check):
         assert words in found.get(number, ""), (number, words, err)
 
 
+CLIENT = "[%s]\nrole = client\nupstream = a\ntrust = {ca}\n%s\n"
+
+
 @pytest.mark.parametrize("text, number, words", [
     ("", 1, "[section]"),
     ("log = syslog\n", 1, "[section]"),
@@ -437,11 +442,15 @@ def test_all_faults_are_shown_at_once(check):
     ("[s]\nrole = server\ncertificate = {server}\npermit = *: read\npermit = *: admin\n", 5, "line 4; a list has one line"),
     ("[c]\nrole = client\nupstream = a\ntrust = {ca}\nplaintext = refuse\n", 5, "role = server"),
     ("[s]\nrole = server\ncertificate = {cert}\n", 3, "private key"),
+    (CLIENT % ("a", "") + CLIENT % ("b", ""), 6, "[b] listen: 127.0.0.1:3493: [a] listens on 127.0.0.1:3493 already"),
+    (CLIENT % ("a", "listen = *:1") + CLIENT % ("b", "listen = 127.0.0.2:2, 127.0.0.2:1"), 10, "[a] listens on 0.0.0.0:1 already"),
+    (CLIENT % ("a", "listen = 127.0.0.1:1, *:1"), 5, "0.0.0.0:1: [a] listens on 127.0.0.1:1 already"),
+    (CLIENT % ("a", "listen = x y") + CLIENT % ("b", ""), 5, "without blanks"),
 ])
 def test_options_that_do_not_go_together(text, number, words, files, check):
     """What is missing, without effect or in the wrong place is a fault with its line and what was expected."""
     status, _, err = check(text.format(**files))
-    assert status == 1 and list(faults(err)) == [number], err
+    assert status == 1 and list(faults(err)) == [number] and err.count("\n") == 1, err
     assert words.lower() in err.lower()
 
 

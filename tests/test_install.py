@@ -15,8 +15,12 @@ import threading
 import pytest
 
 from conftest import missing
-from harness import IS_ROOT, ROOT, clean_env, run, run_shim, write
+from harness import IS_ROOT, ROOT, clean_env, folder, run, run_shim, write
 from test_packaging import parsed, path_of
+
+sys.path.insert(0, ROOT)
+# pylint: disable=wrong-import-position
+import nutshim  # noqa: E402
 
 HOST = os.uname().nodename.lower()
 PIN = "sha256//" + "A" * 43 + "="
@@ -174,7 +178,8 @@ def test_install_refuses_wrong_usage(words, tmp_path):
     (("--pin", PIN, "client", "[::1"), "expected a host name"),
     (("--pin", PIN + "," + PIN[:-1], "client", "upsbox"), "expected sha256//"),
     (("--upsd", "local host", "server"), "expected HOST"),
-    (("--names", "a;b", "server"), "neither a host name"),
+    (("--names", "a;b", "server"), "names: 'a;b': no host name"), (("--names", "ups.lan -x a..b", "server"), "'-x': no host name"),
+    (("--names", "192.0.2.300", "server"), "no valid IPv4"),
     (("--trust", "/nowhere.pem", "client", "upsbox"), "No such file"),
 ])
 def test_install_checks_its_arguments_first(words, expected, tmp_path):
@@ -542,6 +547,64 @@ def test_install_speaks_openwrt_on_openwrt(need, tmp_path):
     assert "sysupgrade" not in said(0, "server")
     (there / "etc/config/nutshim").write_text("")
     assert "/etc/config/nutshim" in said(1, "server")
+
+
+def test_install_server_with_more_addresses_than_fit(need, tmp_path):
+    """A box with more addresses than a certificate has room for gets one with its names, those asked for, and the first of them."""
+    need("openssl")
+    write(str(tmp_path / "hostname"), "#!/bin/sh\n[ $1 != -I ] || seq -f 192.0.2.%g 150\n", 0o755)
+    env = clean_env()
+    done = installed(tmp_path / "there", "--names", "ups.lan", "server", env=dict(env, DESTDIR=str(tmp_path / "there"), PATH="%s:%s" % (
+        tmp_path, env["PATH"])))
+    assert "for %s localhost 127.0.0.1 ::1 ups.lan 192.0.2.1 " % HOST in done.stdout and " 192.0.2.150" not in done.stdout
+
+
+@pytest.mark.skipif(not IS_ROOT or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_install_dry_run_needs_to_read_nutshim_conf():
+    """Where only root may read nutshim.conf, --dry-run by somebody else says so, and makes no guess."""
+    with folder("dry") as path:
+        os.makedirs(path + "/etc/nut")
+        for each in (path, path + "/etc", path + "/etc/nut"):
+            os.chmod(each, 0o755)
+        write(path + "/etc/nut/nutshim.conf", "[upsd]\nrole = server\n")
+        for words in (("client", "upsbox"), ("server",), ("remove",)):
+            done = run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", path_of("install"), "--dry-run", *words,
+                       env=clean_env(DESTDIR=path), cwd="/")
+            assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("nutshim: /etc/nut/nutshim.conf cannot be read"), done
+
+
+ODD_CONF = """\
+\ufeff; role = client
+ user\t=  "nut" # not root\r
+[ a ] # role = client
+role=server # of the client\r
+certificate = "/x/a #1; b.pem" # c
+listen = "127.0.0.1:1", [::1]:2 ; c
+#upstream = x
+[b-c.d]
+\trole = "client"\t#"server"
+upstream = "h","i:402" ;"
+trust = /x/"a = b".pem
+"""
+
+
+@pytest.mark.parametrize("shell", ["sh", "busybox ash"])
+def test_install_reads_nutshim_conf_as_nutshim_does(shell, need, tmp_path):
+    """Comments, quotes, blanks, CRLF and a byte order mark mean to install what they mean to nutshim.py."""
+    need(shell.split()[0])
+    (tmp_path / "awk").symlink_to(shutil.which("busybox" if "busybox" in shell else "awk"))
+    path, env = write(str(tmp_path / "nutshim.conf"), ODD_CONF), clean_env()
+    with open(path_of("install"), encoding="utf-8") as file:
+        function = re.search(r"(?ms)^settings_of\(\).*?^}$", file.read()).group()
+    done = run(*shell.split(), "-c", function + '\nsettings_of "$0"', path, env=dict(env, PATH="%s:%s" % (tmp_path, env["PATH"])))
+    assert done.stdout.splitlines() == [
+        "- user nut", "a role server", "a certificate /x/a #1; b.pem", "a listen 127.0.0.1:1, [::1]:2", "b-c.d role client",
+        "b-c.d upstream h,i:402", "b-c.d trust /x/a = b.pem"], done
+    conf, faults = nutshim.read_config(path)
+    first, second = conf.shims
+    assert not faults and (conf.user, first.name, first.role, first.certificate) == ("nut", "a", "server", "/x/a #1; b.pem"), faults
+    assert first.listen == [("127.0.0.1", 1), ("::1", 2)] and second.upstream == [("h", 401), ("i", 402)]
+    assert (second.name, second.role, second.trust) == ("b-c.d", "client", "/x/a = b.pem")
 
 
 def test_install_with_busybox_alone(need, tmp_path):

@@ -889,6 +889,17 @@ def test_two_runs_at_once_for_one_pair(tmp_path):
         verify(str(folder / "c.pem"), str(folder / "s.pem"))
 
 
+def test_two_runs_at_once_that_replace_one_pair(tmp_path, monkeypatch):
+    """With -y the last of several runs wins, with both files. (Each takes its time between the two.)"""
+    server, client = str(tmp_path / "s.pem"), str(tmp_path / "c.pem")
+    monkeypatch.setattr(tool, "sync_names", lambda folder: time.sleep(int.from_bytes(os.urandom(1), "big") / 1000))
+    args = ["-y", "-SAN", "a.lan", "-s", server, "-c", client]
+    assert tool.main(args) == 0
+    pids = [forked(lambda: tool.main(args)) for _ in range(8)]
+    assert set(map(wait, pids)) == {0}
+    verify(client, server)
+
+
 def test_runs_at_once_in_one_ca(tmp_path):
     """Several runs at once in one CA all succeed, no serial comes twice, and the index has them all."""
     ca = Ca(tmp_path / "ca")
@@ -1090,6 +1101,17 @@ def test_the_lines_to_paste_work(tmp_path):
     assert pin(pair.server) in pair.output
 
 
+def test_the_lines_to_paste_work_for_any_folder(tmp_path):
+    """A path with what means something in nutshim.conf is printed so that nutshim.py -t takes it: in server, client and revoke."""
+    ca = Ca(tmp_path / "a, b #1;")
+    server, = sections(mk("server", "localhost", "-d", ca.folder))[:1]
+    client = mk("client", "c.lan", "-d", ca.folder)
+    lines = [line for line in client.splitlines() if re.match("  (client_certificate|trust|crl) = ", line)]
+    assert len(lines) == 3 and lines[2] in mk("revoke", ca.folder + "/c.lan.client.pem", "-d", ca.folder)
+    tested = run_shim("-t", "-f", write(str(tmp_path / "nutshim.conf"), "\n".join([server] + lines)))
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
 # ---- show and check -----------------------------------------------------------------------------
 
 def test_show(tmp_path, kit):
@@ -1103,6 +1125,10 @@ def test_show(tmp_path, kit):
         assert part in text, part
     text = mk("show", "missing.pem", ca.cert, MKNUTCERT, expect=1, path=kit.path)
     assert "missing.pem: No such file" in text and "no whole PEM file" in text and "of a CA" in text
+    for kind in "PRIVATE KEY", "X509 CRL":
+        broken = write(str(tmp_path / "broken.pem"), "-----BEGIN %s-----\nMAAA\n-----END %s-----\n" % (kind, kind))
+        text = mk("show", broken, ca.cert, expect=1, path=kit.path)
+        assert re.search("(?m)^mkNUTcert.py: %s: .*cannot (be )?read" % re.escape(broken), text) and "of a CA" in text, text
     expired = ca.make("client", "e.lan", "--notBefore", "-99999", "--notAfter", "-86500", "-o", tmp_path / "e.pem")
     assert "EXPIRED 1 days ago" in mk("show", expired, path=kit.path)
 
@@ -1151,8 +1177,17 @@ def test_check_names_each_fault_and_its_cure(tmp_path):
     assert "chmod go-w" in faults(write(str(tmp_path / "z.pem"), "".join(parts[server]), 0o620))
     ossl("pkey", "-in", server, "-aes256", "-passout", "pass:secret", "-out", tmp_path / "locked.pem")
     assert "passphrase" in faults(str(tmp_path / "locked.pem"))
+    odd = write(str(tmp_path / "it's $odd; *.pem"), "".join(parts[server]), 0o666)
+    os.chown(odd, -1, os.stat(server).st_gid)
+    for cure in re.findall("cure: (.*)", faults(odd)):
+        assert run("sh", "-c", cure).returncode == 0
+    faults(odd, code=0)
+    assert faults(odd + "; x.pem").startswith("%s; x.pem: No such file or directory\n" % odd)
     assert "no whole PEM file" in faults(file("".join(parts[server])[:-40]))
     assert "No such file" in faults("missing.pem")
+    broken = file("-----BEGIN PRIVATE KEY-----\nMAAA\n-----END PRIVATE KEY-----\n", parts[server][1], name="broken.pem")
+    found = faults(broken, server, "--for", "b.lan")
+    assert "broken.pem: a private key that openssl cannot read" in found and "not for b.lan" in found
     mk("revoke", client, "-d", ca.folder)
     assert "is revoked" in faults(client)
     faults(server, code=0)

@@ -97,6 +97,8 @@ def test_a_faulty_reload_changes_nothing_and_says_why(shim, nut, pki, tmp_path):
         (dict(section, certificate=pki.server.cert), r"(?i)nutshim\.conf:\d+:.*expected.*private key"),
         (dict(section, listen="127.0.0.1:%d, 127.0.0.1:%d" % (never, taken.getsockname()[1])),
          r"nutshim\.conf:\d+:.*127\.0\.0\.1:%d.*in use" % taken.getsockname()[1]),
+        (dict(section, listen="127.0.0.1:%d, *:%d" % (never, never)), r"nutshim\.conf:\d+:.*0\.0\.0\.0:%d: \[shim\] listens" % never),
+        (dict(section, listen="*:%d" % port), r"nutshim\.conf:\d+:.*nutshim itself listens on 127\.0\.0\.1:%d" % port),
         (dict(section, listen="no.such.host.invalid:401"), r"nutshim\.conf:\d+:.*no\.such\.host\.invalid"),
     ]
     with contextlib.closing(taken), TlsClient(port) as live:

@@ -67,6 +67,7 @@ FAILED_STARTS = {
     "port taken": ({"listen": "127.0.0.1:{taken}"}, {}, (), "127.0.0.1:{taken}.*in use"),
     "missing certificate": ({"certificate": "{folder}/missing.pem"}, {}, (), r"missing\.pem: " + NO_FILE),
     "unwritable pidfile": ({}, {"pidfile": "{folder}/none/nutshim.pid"}, (), r"none/nutshim\.pid: " + NO_FILE),
+    "pidfile that is none": ({}, {"pidfile": "{folder}/nutshim.conf"}, (), r"nutshim\.conf: is no pidfile"),
     "unknown user": ({}, {"user": "nobody-such"}, (), "user.*nobody-such"),
     "unknown user of -u": ({}, {}, ("-u", "nobody-such"), "user.*nobody-such"),
     "chroot that is none": ({}, {}, ("-r", "{folder}/none"), "chroot.*none"),
@@ -91,7 +92,7 @@ def test_a_failed_start_is_told_by_the_parent(daemon, nut, pki, case):
         done = shim.start(*[arg.format(**names) for arg in args])
     assert done.returncode == 1, done.stderr
     assert re.search(pattern.format(**names), done.stderr), done.stderr
-    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert "Traceback" not in done.stderr and done.stdout == "" and "[shim]" in read(shim.config)
     poll(lambda: not shim.processes(), 5, "the end of every process of the failed start")
     assert not [name for name in os.listdir(shim.folder) if name.endswith(".sock")]
 

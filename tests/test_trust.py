@@ -711,7 +711,7 @@ def test_bad_crl(pki, tmp_path):
     for name in list(texts) + ["missing"]:
         if name in texts:
             write(tmp_path / name, texts[name])
-        text += "[%s]\nrole = client\nupstream = localhost\ntrust = %s\ncrl = %s\n" % (name, pki.ca.cert, name)
+        text += "[%s]\nrole = client\nlisten = localhost:0\nupstream = localhost\ntrust = %s\ncrl = %s\n" % (name, pki.ca.cert, name)
     found = faults(tmp_path / "nutshim.conf", text)
     for name in list(texts) + ["missing"]:
         assert name in found and re.match("crl: .*" + name, found[name]), (name, found)
@@ -770,8 +770,8 @@ def test_encrypted_key(pki, tmp_path):
         path = str(tmp_path / form)
         openssl(*command, "-in", pki.server.key, "-out", path, "-passout", "pass:" + NSS_PASSWORD)
         write(path + ".both", read(path) + read(pki.server.cert))
-        text += "[%s]\nrole = server\ncertificate = %s\nkey = %s\n" % (form, pki.server.cert, path)
-        text += "[%s-both]\nrole = server\ncertificate = %s.both\n" % (form, path)
+        text += "[%s]\nrole = server\nlisten = *:0\ncertificate = %s\nkey = %s\n" % (form, pki.server.cert, path)
+        text += "[%s-both]\nrole = server\nlisten = *:0\ncertificate = %s.both\n" % (form, path)
     found = faults(tmp_path / "nutshim.conf", text)
     for form in ("pkcs8", "traditional"):
         for name, option in ((form, "key"), (form + "-both", "certificate")):
@@ -797,7 +797,7 @@ def test_key_or_certificate_missing(pki, tmp_path):
                        "%s.*does not belong.*%s" % (re.escape(pki.client.key), re.escape(pki.server.cert)))}
     text = ""
     for name, (options, _) in cases.items():
-        text += "[%s]\nrole = server\n" % name + "".join("%s = %s\n" % item for item in options.items())
+        text += "[%s]\nrole = server\nlisten = *:0\n" % name + "".join("%s = %s\n" % item for item in options.items())
     found = faults(tmp_path / "nutshim.conf", text)
     for name, (_, words) in cases.items():
         assert re.search(words, found.get(name, "")), (name, found)
