@@ -506,6 +506,7 @@ def read_pem(path: str) -> Pem:
 class Certificate(NamedTuple):
     """One, in words; whatever it says of itself is harmless text."""
     pem: bytes
+    serial: int
     subject: str
     issuer: str
     start: datetime.datetime
@@ -528,7 +529,7 @@ def describe(cert: bytes) -> Certificate:
                 uses.append(USES.get(reader().oid_text(oid), reader().oid_text(oid)))
     except (ValueError, IndexError) as error:
         raise Fault("no certificate that nutshim.py takes: %s; make it again" % error)
-    return Certificate(cert, found.subject or "no subject", found.issuer or "nobody",
+    return Certificate(cert, found.serial, found.subject or "no subject", found.issuer or "nobody",
                        moment(found.not_before), moment(found.not_after),
                        [name for name in found.names if not name.startswith("CN=")],
                        ", ".join(uses), found.is_ca, key_name(found.spki), found.pin, found.fields)
@@ -545,35 +546,11 @@ def describe_all(pem: Pem) -> List[Certificate]:
 
 
 def read_list(crl: bytes) -> Any:
-    """A CRL's issuer and dates."""
+    """A CRL's issuer, dates and serials."""
     try:
         return reader().read_crl(der(crl))
     except ValueError as error:
         raise Fault("%s; get a new one from its CA" % error)
-
-
-def on_list(crl: bytes) -> Set[int]:
-    """The serials that a CRL revokes (RFC 5280 5.1)."""
-    items = reader().der_items
-    try:
-        # Three sequences: the algorithm, the issuer, and, if it is not empty, the list.
-        lists = [content for tag, content, _ in signed_fields(crl) if tag == 0x30][2:]
-        return {int.from_bytes(items(entry)[0][1], "big")
-                for entries in lists for _, entry, _ in items(entries)}
-    except (IndexError, ValueError):
-        raise Fault("is no revocation list that can be read")
-
-
-def serial_of(cert: bytes) -> int:
-    fields = signed_fields(cert)
-    has_version = fields[0][0] == 0xa0
-    return int.from_bytes(fields[has_version][1], "big")
-
-
-def signed_fields(pem: bytes) -> List[Tuple[int, bytes, bytes]]:
-    """The fields of what is signed in a certificate or CRL, as der_items() has them."""
-    items = reader().der_items
-    return items(items(items(der(pem))[0][1])[0][1])
 
 
 def key_name(public: bytes) -> str:
@@ -913,7 +890,7 @@ class CA:
         listed: Optional[Set[int]] = None
         if os.path.lexists(path):
             try:
-                listed = set().union(*map(on_list, read_pem(path).crls))
+                listed = set().union(*(read_list(crl).serials for crl in read_pem(path).crls))
             except Fault as fault:
                 raise Fault("%s: %s; or remove it: the next run makes it again"
                             % (path, str(fault).replace(path + ": ", "")))
@@ -976,7 +953,7 @@ class CA:
                         "hexadecimal" % (path, shlex.quote(self.path("crl.pem"))))
         number = int(text) + 1
         crl = self.ossl.crl(self.key, self.cert, index, number)
-        if on_list(crl) != revoked(index):
+        if read_list(crl).serials != revoked(index):
             raise Fault("openssl ca made a revocation list that is not the index's")
         write_files([self.private("index.txt", b"".join(index.values())),
                      self.private("crlnumber", b"%d" % number), Output(self.path("crl.pem"), crl)])
@@ -1171,17 +1148,16 @@ trust = {there}/nutshim-ca.pem
 
 def revoke(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     with CA(ossl, opts) as ca:
-        cert = ca.issued(opts.file).certs[0]
-        serial = serial_of(cert)
+        cert = describe(ca.issued(opts.file).certs[0])
         # Once more is no error, and makes a new list.
-        line = ca.index.get(serial) or index_line(serial, describe(cert).end, {})
-        ca.publish({**ca.index, serial: as_revoked(line)})
-        others = ca.still_good(describe(cert))
+        line = ca.index.get(cert.serial) or index_line(cert.serial, cert.end, {})
+        ca.publish({**ca.index, cert.serial: as_revoked(line)})
+        others = ca.still_good(cert)
     crl = ca.path("crl.pem")
     print("%s: is revoked.\n  %s  %s  the CA's revocation list, no secret\n\n"
           "Next, where it could be shown, in nutshim.conf:\n  crl = %s\n"
           "(on the upsd box for a client's certificate, on the clients' for a server's) "
-          "and nutshim.py -c reload.\nSessions that are open go on; a restart of nutshim ends them."
+          "and nutshim.py -c reload, which ends its open sessions too"
           % (opts.file, crl, rights(crl), conf_text(crl)))
     if others:
         print("\nCareful: for the same name these are still good. If the box is lost, revoke them "
@@ -1316,7 +1292,7 @@ def show_file(ossl: OpenSSL, pem: Pem) -> None:
         print("  certificate revocation list\n    issuer:  %s\n    from:    %s UTC\n"
               "    until:   %s\n    revokes: %s" % (
                   found.issuer, moment(found.not_before), until(moment(found.not_after)),
-                  ", ".join("%X" % serial for serial in sorted(on_list(crl))) or "nothing"))
+                  ", ".join("%X" % serial for serial in sorted(found.serials)) or "nothing"))
 
 
 def until(end: datetime.datetime) -> str:

@@ -399,6 +399,7 @@ class Reason(enum.Enum):
     TLS = ("TLS handshake failed", WARNING, True)
     PIN = ("no pin matches the peer's key", WARNING, True)
     PERMIT = ("no permit line matches the peer", WARNING, True)
+    REVOKED = ("the peer's certificate is revoked", WARNING, True)
     UPSTREAM = ("no upstream", WARNING, True)
     ALLOW_FROM = ("address not in allow_from", WARNING, False)
     MADE_ROOM = ("silent, and a newer connection needed its place", WARNING, False)
@@ -1096,15 +1097,17 @@ def printable(data: Union[bytes, str]) -> str:
 # --- Certificates and TLS ------------------------------------------------------------------------
 
 Certificate = collections.namedtuple(
-    "Certificate", "names pin not_before not_after subject issuer fields is_ca spki extensions")
+    "Certificate",
+    "serial names pin not_before not_after subject issuer fields is_ca spki extensions")
 Certificate.__doc__ = """What is read of a certificate (RFC 5280 4.1). Its texts are printable().
 
 names are as permit has them (CN=, DNS:, IP:, URI:, email:); pin is that of spki, the public key's
 DER; not_before and not_after are seconds since 1970; subject and issuer have one line each, fields
 are the subject's as [(CN and the like, text)]; extensions are {OID's content: value}."""
 
-RevocationList = collections.namedtuple("RevocationList", "issuer not_before not_after")
-RevocationList.__doc__ = "A CRL (RFC 5280 5.1), its thisUpdate and its nextUpdate or NO_EXPIRY."
+RevocationList = collections.namedtuple("RevocationList", "issuer not_before not_after serials")
+RevocationList.__doc__ = """A CRL (RFC 5280 5.1), its thisUpdate, its nextUpdate or NO_EXPIRY, and the
+serial numbers of what it revokes."""
 
 Peer = collections.namedtuple("Peer", "version cipher names pin not_after")
 Peer.__doc__ = "What the checks, the log and the status know of the other end of a TLS session."
@@ -1319,8 +1322,8 @@ def read_certificate(der: bytes) -> Certificate:
     key or name to OpenSSL and another one to pin or permit.
     """
     try:
-        (version, signed_by, issuer, validity, subject, spki, last), algorithm = _signed(
-            der, rb"(\xa0)?\x02(\x30)(\x30)(\x30)(\x30)(\x30)\x81?\x82?(\xa3)?")
+        (version, serial, signed_by, issuer, validity, subject, spki, last), algorithm = _signed(
+            der, rb"(\xa0)?(\x02)(\x30)(\x30)(\x30)(\x30)(\x30)\x81?\x82?(\xa3)?")
         if version and version.content not in (b"\2\1\0", b"\2\1\1", b"\2\1\2"):
             raise ValueError("the version is not 1, 2 or 3")
         if signed_by != algorithm:
@@ -1340,6 +1343,7 @@ def read_certificate(der: bytes) -> Certificate:
             is_ca, = _sequence(extensions[_BASIC_CONSTRAINTS], rb"(\x01)?\x02?",
                                "the basicConstraints extension")
         return Certificate(
+            serial=int.from_bytes(serial.content, "big"),
             # With an escape in it a name matches no permit line.
             names=list(map(printable, names)), pin=pin_text(hashlib.sha256(spki.whole).digest()),
             not_before=begin, not_after=end, subject=_name_text(name),
@@ -1354,10 +1358,14 @@ def read_certificate(der: bytes) -> Certificate:
 def read_crl(der: bytes) -> RevocationList:
     """A revocation list's DER; ValueError for all that is not as RFC 5280 5.1 has it."""
     try:
-        (issuer, begin, end), _ = _signed(
-            der, rb"\x02?\x30(\x30)([\x17\x18])([\x17\x18])?\x30?\xa0?")
+        (issuer, begin, end, revoked), _ = _signed(
+            der, rb"\x02?\x30(\x30)([\x17\x18])([\x17\x18])?(\x30)?\xa0?")
+        serials = set()
+        for entry in der_items(revoked.content) if revoked else ():
+            serial, = _parts(entry.content, rb"(\x02)[\x17\x18]\x30?", "an entry")
+            serials.add(int.from_bytes(serial.content, "big"))
         return RevocationList(_name_text(_name(issuer)), _seconds(begin),
-                              _seconds(end) if end else NO_EXPIRY)
+                              _seconds(end) if end else NO_EXPIRY, serials)
     except ValueError as error:
         raise _unreadable("revocation list", error) from None
 
@@ -1490,13 +1498,14 @@ def _expect(found, what):
 class Credentials:
     """A shim's TLS context, and what -t, the log and the expiry checks want to know of it.
 
-    own is the own Certificate; loaded is all that the context uses, as Loaded. What is wrong is
-    added to faults, what is only unwise to warnings, as lines.
+    own is the own Certificate; loaded is all that the context uses, as Loaded; revoked has the
+    serial numbers of its revocation lists by their issuers. What is wrong is added to faults, what
+    is only unwise to warnings, as lines.
     """
 
     def __init__(self, conf, faults, warnings):
         self._conf, self._faults, self._warnings = conf, faults, warnings
-        self.own, self.loaded = None, []
+        self.own, self.loaded, self.revoked = None, [], {}
         server = conf.role == SERVER
         self.context = context = ssl.SSLContext(
             ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -1519,7 +1528,7 @@ class Credentials:
             context.verify_mode = ssl.CERT_REQUIRED if checks else ssl.CERT_NONE
             if hasattr(context, "hostname_checks_common_name"):
                 context.hostname_checks_common_name = False
-        context.loaded, context.crl_issuers = self.loaded, set()        # For note_failure().
+        context.loaded, context.revoked = self.loaded, self.revoked     # For note_failure().
         if conf.certificate:
             self._load_own()
         if checks and conf.trust:
@@ -1587,10 +1596,10 @@ class Credentials:
         self._note_trust(found)
         for each, path in lists.values():
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-            context.crl_issuers.add(each.issuer)
+            self.revoked.setdefault(each.issuer, set()).update(each.serials)
             self._note(f"revocation list {path}", each.issuer, each)
         lack = [each.subject for each, _ in found.values()
-                if each.is_ca and each.subject not in context.crl_issuers]
+                if each.is_ca and each.subject not in self.revoked]
         if lists and lack and len(found) <= BUNDLE:
             self._warnings.append(
                 f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what it "
@@ -1740,7 +1749,7 @@ def note_failure(sock, error):
         error.whose = f"{(whose + trusted)[0]} {_DATE_WORDS[code]}"
     elif code == 3:
         lack = dict.fromkeys(each.issuer for each in chain
-                             if each.issuer not in context.crl_issuers)
+                             if each.issuer not in context.revoked)
         if lack:
             error.whose = _VERIFY_WORDS[3].replace("its issuer", _some(list(lack)))
     elif code in _NAME_FAULTS and chain:
@@ -2596,7 +2605,7 @@ class Session:
                                 f"no {what} within {conf.handshake_timeout} s") from None
         peer = self.client.peer
         if peer:
-            self.shim.judge(peer)
+            self.shim.judge(self.client)
             self._tell_tls(peer)
         if conf.permit is not None:
             identities = peer.names + [peer.pin] if peer and peer.pin else []
@@ -2905,6 +2914,11 @@ class Session:
     def _gone(self):
         """Nothing is read on that side any more."""
 
+    def judge_again(self) -> None:
+        """After a reload; ProtocolError. Nobody else is judged anew: no session is lost to it."""
+        for conn in (self.client, self.upstream):
+            self.shim.newest[0].expel(conn)
+
     def stop(self) -> None:
         """At TERM: the replies under way, no new commands."""
         self.stopping = True
@@ -3058,7 +3072,7 @@ async def reached(shim: Shim, owner, target: Target, family: int, address: tuple
         peer = conn.peer
         how = ", resumed" if engine.tls.session_reused else ""
         tell("TLS", f"{peer.version}, {peer.cipher}{how}")
-        shim.judge(peer)
+        shim.judge(conn)
         return conn, trip
     except BaseException:
         conn.close()
@@ -3163,8 +3177,8 @@ class Dial:
             then(conn, None)
             return
         if isinstance(error, ProtocolError):
-            pinned = error.reason in (Reason.PIN, Reason.RESOURCES)
-            text = f"{error.reason.words}: {error}" if pinned else str(error)
+            worded = error.reason in (Reason.PIN, Reason.REVOKED, Reason.RESOURCES)
+            text = f"{error.reason.words}: {error}" if worded else str(error)
         else:
             text = tls_error(error)
             if error.errno in _EXHAUSTED:
@@ -3579,13 +3593,24 @@ class Shim:
             return Reason.PER_ADDRESS
         return None
 
-    def judge(self, peer: Peer) -> None:
+    def judge(self, conn: Connection) -> None:
         """What the configuration asks beyond the TLS handshake; ProtocolError."""
+        peer = conn.peer
         if self.context.verify_mode != ssl.CERT_NONE and peer.pin and peer.not_after < time.time():
             # A resumed session skips the dates.
             raise ProtocolError(Reason.TLS, "its certificate has expired: renew it")
         if self.conf.pin and peer.pin not in self.conf.pin:
             raise ProtocolError(Reason.PIN, f"it has {peer.pin or 'no certificate'}")
+        if self.newest[0] is not self:          # A reload came during the handshake.
+            self.newest[0].expel(conn)
+
+    def expel(self, conn: Optional[Connection]) -> None:
+        """ProtocolError when crl has the certificate of a peer that was let in before it had."""
+        revoked = self.credentials.revoked
+        der = revoked and isinstance(conn, TlsConnection) and conn.engine.tls.getpeercert(True)
+        found = der and read_certificate(der)
+        if found and found.serial in revoked.get(found.issuer, ()):
+            raise ProtocolError(Reason.REVOKED, names_text(found.names))
 
     def name_for(self, target: Target) -> bytes:
         """What the certificate must carry, in ASCII: the ssl module takes it without idna."""
@@ -4679,6 +4704,8 @@ class Daemon:
         if fixed:
             self.log(WARNING, ", ".join(fixed) + ": takes effect at the next start")
         self.log(NOTICE, f"reloaded {self.path}")
+        for session in list(self.loop.sessions):
+            self.loop.guarded(session, session.judge_again)
         self._tell_expiries()
         self.process.notify("READY=1")
         return "OK\nreloaded"

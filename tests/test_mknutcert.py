@@ -996,7 +996,7 @@ def test_revoke_names_what_is_still_good(tmp_path):
     assert len(good) == 2 and len(copies) == 3
     text = mk("revoke", good[0], "-d", ca.folder)
     assert text.partition("Careful")[2].count("/issued/") == 1 and good[1] in text
-    assert "Sessions that are open go on" in text
+    assert "ends its open sessions too" in text
     assert "Careful" not in mk("revoke", good[1], "-d", ca.folder)
     shown = mk("show", ca.crl)
     assert [copies[name] in shown for name in copies] == [name in good for name in copies]

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 
@@ -45,15 +46,15 @@ def test_reload_takes_the_new_configuration_and_leaves_sessions_alone(shim, nut,
 
 
 def test_reload_takes_new_revocation_lists(shim, nut, pki, tmp_path):
-    """A client revoked since is refused after the reload, resumption or not, while its live session goes on."""
+    """A client revoked since is refused after the reload, resumption or not, and its live session ends; others go on."""
     authority = Authority(str(tmp_path / "ca"), "/CN=Revoking CA")
     good, bad = authority.issue("good"), authority.issue("bad")
     config = {"shim": server_section(nut, pki, client_certificate="require", trust=authority.cert, crl=authority.crl())}
     one = shim(config)
     port = one.port("shim")
     context = client_context(certificate=bad)
-    with TlsClient(port, context=context) as live:
-        assert live.ask("NETVER") == b"1.3\n"
+    with TlsClient(port, context=context) as live, TlsClient(port, certificate=good) as other:
+        assert live.ask("NETVER") == other.ask("NETVER") == b"1.3\n"
         ticket = live.sock.session
         assert ticket.has_ticket
         with TlsClient(port, context=context, session=ticket) as again:
@@ -62,11 +63,54 @@ def test_reload_takes_new_revocation_lists(shim, nut, pki, tmp_path):
         authority.revoke(bad)
         authority.crl()
         assert command(one, "reload").returncode == 0
-        assert live.ask("NETVER") == b"1.3\n"
+        assert live.recv_until_close() == b"" and other.ask("NETVER") == b"1.3\n"
+        one.wait_log(r"#1 .*closed: the peer's certificate is revoked \(CN=bad")
         assert turned_away(port, context=context)
         assert turned_away(port, context=context, session=ticket)
         assert not turned_away(port, certificate=good)
-        one.wait_log("revoked")
+        one.wait_log("its certificate, or its issuer's, is revoked")
+
+
+def test_a_reload_ends_sessions_with_a_server_revoked_since(shim, nut, pki, tmp_path):
+    """A client shim leaves the server whose certificate crl has after the reload, with sessions of their own and with the shared one."""
+    authority = Authority(str(tmp_path / "ca"), "/CN=Revoking CA")
+    server, config = authority.issue("localhost", "DNS:localhost"), pair_config(nut.port, pki)
+    config["server"]["certificate"] = server.file
+    config["client"].update(trust=authority.cert, crl=authority.crl(), verify="chain")
+    one = shim(config)
+    with PlainClient(one.port("client")) as own, PlainClient(one.port("client")) as sharing:
+        assert own.ask("USERNAME x") == b"OK\n" and sharing.ask("NETVER") == b"1.3\n"
+        authority.revoke(server)
+        authority.crl()
+        assert command(one, "reload").returncode == 0
+        assert own.recv_until_close() == b""
+        one.wait_log(r"\[client\] #\d+ .*closed: the peer's certificate is revoked \(CN=localhost, DNS:localhost\)")
+        sharing.send("NETVER\n")
+        assert sharing.recv_until_close() == b""
+        one.wait_log(r"closed: no upstream .*is revoked")
+
+
+def test_a_handshake_under_way_does_not_outlive_a_revocation(shim, nut, pki, tmp_path):
+    """Whoever is in the middle of the handshake when a reload brings a list with its certificate is refused as well."""
+    authority = Authority(str(tmp_path / "ca"), "/CN=Revoking CA")
+    bad = authority.issue("bad")
+    one = shim({"shim": server_section(nut, pki, client_certificate="require", trust=authority.cert, crl=authority.crl())})
+    with PlainClient(one.port("shim")) as plain:
+        assert plain.ask("STARTTLS") == b"OK STARTTLS\n"
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = client_context(certificate=bad).wrap_bio(incoming, outgoing, server_hostname="localhost")
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+        plain.sock.sendall(outgoing.read())
+        while outgoing.pending == 0:                # its certificate, held back
+            incoming.write(plain.sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+        authority.revoke(bad)
+        authority.crl()
+        assert command(one, "reload").returncode == 0
+        plain.sock.sendall(outgoing.read())
+        one.wait_log(r"#1 .*closed: the peer's certificate is revoked \(CN=bad")
 
 
 def status_by_socket(shim):
