@@ -54,7 +54,7 @@ import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 VERSION = "1.1"
-CONF_FOLDERS = ("/etc/nut", "/etc/ups", "/usr/local/etc/nut")  # behind $NUT_CONFPATH
+CONF_FOLDERS = ("/etc/nut", "/etc/ups", "/usr/local/etc/nut")  # after $NUT_CONFPATH
 NUT_USERS = ("nut", "upsd", "ups", "nutmon")  # the first that exists may read the keys
 THERE = "/etc/nut"          # where files are taken to go on the other box
 
@@ -1004,7 +1004,7 @@ def validity(opts: argparse.Namespace, length: Optional[datetime.timedelta] = No
         start = end = NO_END
     if start.year < 1950 or end <= start:
         raise Fault("no certificate can begin and end like that (from 1950 to 9999, and the end "
-                    "behind the beginning): check --notBefore, --notAfter, --days")
+                    "after the beginning): check --notBefore, --notAfter, --days")
     return start, end
 
 
@@ -1207,7 +1207,7 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
     if not opts.new_key:
         print("\nThe key is the same, and so is the pin:\n  pin = %s\n%s" % (pin, after))
     else:
-        print("\nThe key is new. Who knows this box by its pin needs both until it is in use:\n"
+        print("\nThe key is new. Whoever knows this box by its pin needs both until it is in use:\n"
               "  pin = %s, %s\n%s\n"
               "The certificate of before holds until it ends. If its key got into wrong hands, "
               "revoke it; a copy is in\n  %s" % (old.pin, pin, after, ca.path("issued")))

@@ -27,7 +27,7 @@ A client shim's session has no opening at first: its stateless questions, and al
 are asked over one shared upstream session (Shared), which holds each reply against its question.
 A client that says anything else gets an upstream session of its own, for good, by an opening.
 
-A reload makes all Shims anew.  Sessions that have an upstream one of their own keep their old Shim.
+A reload makes new Shims.  A session with an upstream session of its own keeps its old one.
 
 Threads.  Only the main thread, the loop's, touches sockets, sessions, the selector, the log and
 the configuration.  Handshake threads get a TLS engine and bytes for it, and give bytes back; each
@@ -105,7 +105,7 @@ def _start_from_bytecode(code, argv) -> str:
         with os.fdopen(os.dup(fd), "wb") as file:
             marshal.dump(code, file)
         os.lseek(fd, 0, os.SEEK_SET)
-        # Nor is a signal lost before its handler is there, as process 1 would lose it.
+        # Signals wait until their handlers are there: process 1 would lose them.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         os.execv(sys.executable, [sys.executable] + words
                  + ["-c", _LAUNCHER, str(fd), os.path.abspath(argv[0])] + argv[1:])
@@ -118,27 +118,28 @@ if __name__ == "__main__" and FROM_SOURCE:
     FROM_SOURCE = _start_from_bytecode(sys._getframe().f_code, sys.argv)
 
 # Imports stay behind it, and few; what only a check or a probe needs is imported there.
-import binascii                     # noqa: E402
-import collections                  # noqa: E402
-import enum                         # noqa: E402
-import errno                        # noqa: E402
-import fcntl                        # noqa: E402
-import functools                    # noqa: E402
-import gc                           # noqa: E402
-import hashlib                      # noqa: E402
-import itertools                    # noqa: E402
-import mmap                         # noqa: E402
-import pwd                          # noqa: E402
-import re                           # noqa: E402
-import select                       # noqa: E402
-import selectors                    # noqa: E402
-import signal                       # noqa: E402
-import socket                       # noqa: E402
-import ssl                          # noqa: E402
-import stat                         # noqa: E402
-import time                         # noqa: E402
-import types                        # noqa: E402
-import _thread                      # noqa: E402  threading and queue cost 0.5 MB.
+# ruff: noqa: E402
+import binascii
+import collections
+import enum
+import errno
+import fcntl
+import functools
+import gc
+import hashlib
+import itertools
+import mmap
+import pwd
+import re
+import select
+import selectors
+import signal
+import socket
+import ssl
+import stat
+import time
+import types
+import _thread  # threading and queue cost 0.5 MB.
 try:
     from _queue import SimpleQueue
 except ImportError:
@@ -309,7 +310,7 @@ def _permit(text, base):
         raise ValueError(f"expected CN=, DNS:, IP:, URI:, email:, sha256// or *, not '{identity}'")
     kind, value = match.groups()
     if kind == "IP:" and ("%" in value or not numeric_family(value)):
-        raise ValueError(f"expected an address behind IP:, not '{identity}'")
+        raise ValueError(f"expected an address after IP:, not '{identity}'")
     if kind not in (None, "CN=") and re.search("[^!-~]", value):
         raise ValueError(f"{_ASCII}, not '{identity}'")
     return normal_name(identity), access
@@ -702,7 +703,6 @@ def _remember(data, found):
     _known[data] = found
 
 
-
 def _unescaped(text):
     """A word as upsd keeps it: without escapes, and without bytes that it drops."""
     if b"\\" in text:                   # A regular expression takes 50 times as long.
@@ -817,7 +817,7 @@ class Conversation:
     def __init__(self, starttls: bytes, allowed: Optional[frozenset] = None, trace: bool = False):
         self._starttls, self._allowed, self._trace = starttls, allowed, trace
         self._commands, self._replies = Commands(), Replies()
-        # What waits for upsd's reply of that number: (number, None, own reply behind it), or
+        # What waits for upsd's reply of that number: (number, None, own reply after it), or
         # (number, verb, name) of an identity to be confirmed by it.
         self.due: list = []     # What waits for replies; whoever reads the client bounds it.
         self.counted = True     # False once the number of upsd's replies cannot be known.
@@ -900,7 +900,7 @@ class Greeting:
             raise ProtocolError(Reason.TLS_FIRST)
         self._first = False
         held, reply, at = self._commands.pending + data, b"", 0
-        for piece in data.splitlines(True):         # What is behind STARTTLS is never parsed.
+        for piece in data.splitlines(True):         # What follows STARTTLS is never parsed.
             at += len(piece)
             if b"\0" in piece:
                 raise ProtocolError(Reason.BAD_LINE, "a NUL byte")
@@ -941,7 +941,7 @@ Question = collections.namedtuple("Question", "raw head rest item tail")
 Question.__doc__ = """A command whose reply can be told from every other's.
 
 raw: its bytes; head: how the reply begins, in small letters; empty: the reply is any one line, so
-nothing else may be asked before that has come; rest: matches what is behind the head, to the end;
+nothing else may be asked before that has come; rest: matches what follows the head, to the end;
 item, tail: how a list's lines begin, its last line.
 """
 _question_line = re.compile(rb"[!$-<>-\[\]-~]+(?: +[!$-<>-\[\]-~]+)*\r?\n").fullmatch
@@ -990,9 +990,9 @@ def _question(raw):
 class Questions:
     """What is asked over one shared upstream session, and each reply held against its question.
 
-    Askers are opaque.  An asker that has left is None: its reply is dropped.  A free line is not
-    asked for right behind another, whose upsd may have a second line to come: a question of our own
-    goes between, and that line is no reply to it.
+    Askers are opaque.  An asker that has left is None: its reply is dropped.  Two free lines are
+    not asked for in a row, since an upsd may answer the first in two lines: a LIST of our own goes
+    between, to which the second of these is no reply.
     """
     __slots__ = ("waiting", "sent", "fault", "begun", "_data", "_held", "_in_list", "_free")
 
@@ -1856,7 +1856,7 @@ class Log:
             self.flush()
 
     def limited(self, level: int, key, text: str) -> None:
-        """Not more often than every RATE_LIMIT seconds for a key; says how many were left out."""
+        """At most one line in RATE_LIMIT seconds for a key; it says how many were left out."""
         now = time.monotonic()
         since, left_out = self._limited.get(key, (-RATE_LIMIT, 0))
         if now - since < RATE_LIMIT:
@@ -2019,7 +2019,7 @@ class Workers:
     def submit(self, job: Callable, then: Callable) -> list:
         """Run job() in a thread, then then(result, error) in the loop's.
 
-        Whoever does not want that any more empties the list returned.
+        To give it up, empty the list returned.
         """
         task = [(job, then)]
         self._jobs.put(task)
@@ -2167,7 +2167,7 @@ class Connection:
             self.on_write()
 
     def end(self) -> None:
-        """Our side ends behind what was sent; reading goes on."""
+        """Our side ends after what was sent; reading goes on."""
         self._ending = True
         if not self.out:
             self._shut()
@@ -2828,7 +2828,7 @@ class Session:
             self.client.send(NO_TLS_HERE)
             self.backlog = self.backlog[len(line):]
             self._settle()
-        # With more behind it, upsd goes on after LOGOUT: then upsd has to see it itself.
+        # With more after it, upsd goes on past LOGOUT: then upsd has to see it itself.
         elif verb == b"LOGOUT" and len(line) == len(self.backlog):
             self.client.send(OK_GOODBYE, LAST)
             self.finish(Reason.LOGOUT)
@@ -4646,7 +4646,7 @@ class Daemon:
         self.shims, self.conf, self.loaded = shims, conf, time.time()
         self.loop.max_sessions = raise_descriptor_limit(conf.max_sessions)
         if self.loop.max_sessions < conf.max_sessions:
-            warnings.append(f"{conf.at('max_sessions')}the limit of open files bears only "
+            warnings.append(f"{conf.at('max_sessions')}the limit of open files allows only "
                             f"{self.loop.max_sessions} sessions; raise it (ulimit -n, LimitNOFILE)")
         for text in warnings:
             self.log(WARNING, text)

@@ -163,7 +163,7 @@ def test_a_limit_of_descriptors_that_cannot_be_raised_holds_max_sessions(shim, n
     Root may raise any limit, so that it fails is planted.
     """
     one = shim({"": {"max_sessions": 300}, "shim": server_section(nut, pki)}, script=patched(str(tmp_path), NO_RAISE))
-    found = one.wait_log(r"warning: \S+nutshim\.conf:\d+: max_sessions: the limit of open files bears only (\d+) sessions")
+    found = one.wait_log(r"warning: \S+nutshim\.conf:\d+: max_sessions: the limit of open files allows only (\d+) sessions")
     bears = int(found.group(1))
     assert 5 < bears < 32
     with contextlib.ExitStack() as stack:
