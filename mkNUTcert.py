@@ -890,9 +890,11 @@ class CA:
         listed: Optional[Set[int]] = None
         if os.path.lexists(path):
             try:
-                listed = set().union(*(read_list(crl).serials for crl in read_pem(path).crls))
-            except Fault as fault:
-                raise Fault("%s: %s; or remove it: the next run makes it again"
+                listed = set().union(*(reader().read_crl(der(crl)).serials
+                                       for crl in read_pem(path).crls))
+            except (Fault, ValueError) as fault:
+                raise Fault("%s: cannot be used (%s): bring it back from a backup, or remove it, "
+                            "and the next run makes it again"
                             % (path, str(fault).replace(path + ": ", "")))
         index = dict(self.index)
         forgotten = (listed or set()) - revoked(index)

@@ -25,6 +25,8 @@ MARK = "NUTSHIM_TESTS"                              # in the environment of all 
 def pytest_configure(config):
     """Declare what test files may use, and mark what they start."""
     os.environ[MARK] = uuid.uuid4().hex
+    # A shell has what it starts in the background ignore Control-C, and with it all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "seconds(n): this test's own time limit")
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
     config.addinivalue_line("filterwarnings", "ignore:ssl.TLSVersion.TLSv1:DeprecationWarning")     # tested as such

@@ -550,7 +550,7 @@ def test_a_list_that_is_gone(tmp_path, issued):
     shutil.copytree(issued, folder)
     write(folder + "/crl.pem", "-----BEGIN X509 CRL-----\nMIIB\n-----END X509 CRL-----\n")
     text = refused("server", "a.lan", "-d", folder)
-    assert "crl.pem: is no revocation list" in text and "remove it" in text
+    assert "crl.pem: cannot be used (a revocation list that cannot be read" in text and "remove it" in text
     os.unlink(folder + "/crl.pem")
     assert "crl.pem: made again" in mk("server", "a.lan", "-d", folder)
     assert len(Records(folder).agree().listed) == 1
