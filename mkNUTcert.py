@@ -973,8 +973,9 @@ class CA:
             match = re.fullmatch(re.escape(stem) + r"\.(?:client|server)\.([0-9A-F]+)\.pem", file)
             if match and int(match.group(1), 16) not in revoked(self.index):
                 path = self.path("issued/" + file)
-                if all(describe(each).end > now() for each in read_pem(path).certs):
-                    found.append(path)
+                with contextlib.suppress(Fault):  # a damaged copy is no reason to fail here
+                    if all(describe(each).end > now() for each in read_pem(path).certs):
+                        found.append(path)
         return found
 
     def issued(self, path: str) -> Pem:
