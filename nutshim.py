@@ -3315,7 +3315,8 @@ class Shared:
         return min(MAX_PATIENCE, patience * 2 ** min(self._silences, 6))
 
     def _busy(self):
-        return any(link.questions.sent or link.questions.waiting for link in self.links)
+        return bool(self._waiting) or any(link.questions.sent or link.questions.waiting
+                                          for link in self.links)
 
     def _limit(self):
         """Seconds that it may be silent."""

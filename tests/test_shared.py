@@ -19,8 +19,8 @@ import time
 import pytest
 import standin
 from differential_sessions import PAST, Trial
-from harness import (FalseServer, Nut, PlainClient, Shim, TlsClient, client_context, free_port, many_variables, pair_config,
-                     poll, tls, write)
+from harness import (FalseServer, Nut, PlainClient, Shim, TlsClient, client_context, free_port, many_variables,
+                     pair_config, patched, poll, tls, write)
 from lines import Path
 
 QUICK = 0.9         # s; less than the second of silence that is the least PATIENCE of design, 100 x an exchange
@@ -91,6 +91,24 @@ def clients():
     """clients(port, …) connects PlainClients, one for each port, and closes them."""
     with contextlib.ExitStack() as stack:
         yield lambda *ports: [stack.enter_context(PlainClient(port)) for port in ports]
+
+
+RETIRED = """
+ask = nutshim.Shared.ask
+def ask_and_reload(self, *question):
+    ask(self, *question)
+    self.retire()
+nutshim.Shared.ask = ask_and_reload
+"""
+
+
+def test_a_question_that_comes_together_with_a_reload_is_answered(shim, nut, pki, tmp_path):
+    """What is asked in the very round of a reload, before there is a shared session, is answered. (The round is played.)"""
+    one = shim(pair_config(nut.port, pki), script=patched(str(tmp_path), RETIRED))
+    with PlainClient(one.port("client")) as client:
+        for _ in range(3):
+            assert client.ask("NETVER") == b"1.3\n"
+    one.wait_log("given up: the configuration was read again")
 
 
 # ---- random conversations -----------------------------------------------------------------------
