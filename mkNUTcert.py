@@ -287,7 +287,8 @@ def write_files(outputs: List[Output]) -> None:
                 stage(staged[-1], output)
                 if output.fresh and os.path.lexists(output.path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        for folder in sorted(room):  # one run at a time, or the files of two would be mixed
+        # One run at a time, or the files of two would be mixed; a folder can have two names.
+        for folder in sorted(set(map(os.path.realpath, room))):
             fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
             rooms.callback(os.close, fd)
             with contextlib.suppress(OSError):  # no locks there

@@ -27,7 +27,8 @@ A client shim's session has no opening at first: its stateless questions, and al
 are asked over one shared upstream session (Shared), which holds each reply against its question.
 A client that says anything else gets an upstream session of its own, for good, by an opening.
 
-A reload makes new Shims.  A session with an upstream session of its own keeps its old one.
+A reload makes new Shims.  A session with an upstream session of its own keeps its
+old Shim, unless the new crl has its peer's certificate (Session.judge_again()).
 
 Threads.  Only the main thread, the loop's, touches sockets, sessions, the selector, the log and
 the configuration.  Handshake threads get a TLS engine and bytes for it, and give bytes back; each
@@ -117,7 +118,7 @@ if __name__ == "__main__" and FROM_SOURCE:
     open_standard()
     FROM_SOURCE = _start_from_bytecode(sys._getframe().f_code, sys.argv)
 
-# Imports stay behind it, and few; what only a check or a probe needs is imported there.
+# Imports come after it, and are few; what only a check or a probe needs is imported there.
 # ruff: noqa: E402
 import binascii
 import collections
@@ -174,20 +175,20 @@ DRAIN_LIMIT = 5           # seconds for what is under way when one side has clos
 STOP_GRACE = 2            # seconds for replies under way at TERM; procd kills after 5
 BACKLOG = 128             # connections waiting in the kernel
 ACCEPT_BATCH = 16         # of them taken in one round, before established sessions have their turn
-STAGGER = 0.5             # seconds without a step further, then the next address (RFC 8305)
+STAGGER = 0.5             # seconds without progress before the next address is tried (RFC 8305)
 PATIENCE = 1              # seconds of a shared session's silence, or 4 round trips
-MAX_PATIENCE = 60         # seconds: silence after silence is borne longer each time, up to this
+MAX_PATIENCE = 60         # seconds: each silence in a row is allowed longer, up to this
 MAX_ASKED = 2             # times a question is asked over shared sessions that are lost
 UNSHARED = 3600           # seconds that an upstream which gave an odd reply is not shared
 RESOLVE_TTL = 60          # seconds a name's addresses are used without asking again
 FAILED_TTL = 30           # seconds an address that failed is tried after all others
 TICKET_TTL = 3600         # seconds a TLS ticket is used: Python 3.10 to 3.12 lose 6 kB each read
-MAX_LOG_LINE = 2048       # characters; a false server's certificate can have 200 KB of names
+MAX_LOG_LINE = 2048       # characters, bytes to syslog; a false server's names can have 200 KB
 RATE_LIMIT = 10           # seconds between two log lines of the same refusal
 EXPIRY_WARNING = 30       # days before the end of a certificate
 MAX_DEPTH = 30            # DER elements inside each other, as in OpenSSL: no deep recursion
 MAX_PEM = 64 << 20        # bytes a PEM file: revocation lists have some MB; a device has no end
-BUNDLE = 8                # certificates in trust that are told of one by one; more are a bundle
+BUNDLE = 8                # certificates in trust that are listed one by one; more count as a bundle
 NO_EXPIRY = 253370764800  # seconds since 1970: the year 9999, no known end (RFC 5280 4.1.2.5)
 SPARE_MEMORY = 2 << 20    # bytes free that a new TLS session needs; Python takes 1 MiB at once
 SPARE_DESCRIPTORS = 40    # besides two a session: listeners, log, wake-up, dials
@@ -357,6 +358,7 @@ OPTIONS = [Option(*row) for row in (
     ("reuse", CLIENT, "30", _number(0, 3600),
      "seconds the shared upstream session is kept unused; 0 shares none"),
 )]
+_LISTS = [option.name for option in OPTIONS if isinstance(option.parse, list)]
 DEFAULT_PORT = {("listen", SERVER): 401, ("listen", CLIENT): 3493,
                 ("upstream", SERVER): 3493, ("upstream", CLIENT): 401}
 
@@ -429,7 +431,8 @@ class Conf(types.SimpleNamespace):
         paths = [self.certificate, self.key, self.trust] + (self.crl or [])
         try:
             names = os.listdir(self.trust) if self.trust not in (None, "system") else []
-            paths += [os.path.join(self.trust, name) for name in sorted(names)]
+            inside = [os.path.join(self.trust, name) for name in sorted(names)]
+            paths += [path for path in inside if not os.path.isdir(path)]
         except OSError:
             pass                                # A file, or a folder closed to the user by now.
         return [path for path in paths if path and path != "system"]
@@ -531,9 +534,6 @@ def _odd_character(line):
 
 _BELONGS = {SHIM: "in a [section]", GLOBAL: "above the first [section]",
             SERVER: "in a shim with role = server", CLIENT: "in a shim with role = client"}
-
-
-_LISTS = [option.name for option in OPTIONS if isinstance(option.parse, list)]
 
 
 def _set_options(conf, texts, faults):
@@ -649,7 +649,7 @@ IDENTIFYING = frozenset((b"USERNAME", b"LOGIN", b"ATTACH"))
 _READ = frozenset((b"GET", b"LIST", b"VER", b"NETVER", b"PROTVER", b"HELP", b"LOGOUT", b"DETACH"))
 _MONITOR = _READ | IDENTIFYING | {b"PASSWORD"}
 _PRIMARY = _MONITOR | {b"PRIMARY", b"MASTER", b"FSD"}
-# The verbs that are shown at -DD, with so many words; what is beyond may be a password mistyped.
+# How many words of a command -DD shows; those beyond may be a mistyped password.
 SHOWN = {b"PASSWORD": 1, b"GET": 4, b"LIST": 4, b"SET": 5, b"INSTCMD": 4}
 SHOWN.update(dict.fromkeys((b"VER", b"NETVER", b"PROTVER", b"HELP", b"STARTTLS", b"LOGOUT",
                             b"DETACH"), 1))
@@ -923,8 +923,8 @@ class Greeting:
 
 def starttls_reply(data: bytes) -> bool:
     """upstream's answer to STARTTLS: True when it is OK, False when it is not whole yet."""
-    line, newline, behind = data.partition(b"\n")
-    if behind:
+    line, newline, after = data.partition(b"\n")
+    if after:
         raise ProtocolError(Reason.UPSTREAM, "bytes behind OK STARTTLS: response injection")
     if not newline and len(line) < MAX_REPLY_LINE:
         return False
@@ -951,7 +951,7 @@ _FORMS = {
     b"GET NUMLOGINS": 3, b"LIST UPS": 2, b"LIST VAR": 3, b"LIST RW": 3, b"LIST CMD": 3,
     b"LIST CLIENT": 3, b"LIST ENUM": 4, b"LIST RANGE": 4,
     b"VER": 1, b"NETVER": 1, b"PROTVER": 1, b"HELP": 1}
-# How a reply begins that names its question, and so is none to VER.
+# How replies begin that name their question: none of these answers VER.
 _NAMING = {b"BEGIN", b"END"}.union(form.split()[1] for form in _FORMS if b" " in form)
 
 
@@ -990,9 +990,9 @@ def _question(raw):
 class Questions:
     """What is asked over one shared upstream session, and each reply held against its question.
 
-    Askers are opaque.  An asker that has left is None: its reply is dropped.  Two free lines are
-    not asked for in a row, since an upsd may answer the first in two lines: a LIST of our own goes
-    between, to which the second of these is no reply.
+    Askers are opaque.  An asker that has left is None: its reply is dropped.  Between two
+    questions with a free reply (VER and the like) goes a LIST of our own: an upsd may answer the
+    first in two lines, and the second must not pass for the next reply.
     """
     __slots__ = ("waiting", "sent", "fault", "begun", "_data", "_held", "_in_list", "_free")
 
@@ -1010,7 +1010,7 @@ class Questions:
         self.waiting.append((asker, asked))
 
     def to_send(self) -> bytes:
-        """The commands that may be sent now."""
+        """Take the commands that may be sent now."""
         commands = [asked.raw for _, asked in self.waiting if asked.head]
         if len(commands) == len(self.waiting) and not (self.sent and not self.sent[-1][1].head):
             self.sent += self.waiting               # Nearly always.
@@ -1106,8 +1106,8 @@ DER; not_before and not_after are seconds since 1970; subject and issuer have on
 are the subject's as [(CN and the like, text)]; extensions are {OID's content: value}."""
 
 RevocationList = collections.namedtuple("RevocationList", "issuer not_before not_after serials")
-RevocationList.__doc__ = """A CRL (RFC 5280 5.1), its thisUpdate, its nextUpdate or NO_EXPIRY, and the
-serial numbers of what it revokes."""
+RevocationList.__doc__ = """A CRL (RFC 5280 5.1): issuer, thisUpdate, nextUpdate or NO_EXPIRY, and
+the serial numbers that it revokes."""
 
 Peer = collections.namedtuple("Peer", "version cipher names pin not_after")
 Peer.__doc__ = "What the checks, the log and the status know of the other end of a TLS session."
@@ -1214,7 +1214,7 @@ def _name(element):
                 text = (mark + value.content).decode(encoding)
                 if encoding == "utf-16" and len(text) < len(value.content) // 2:
                     raise ValueError("a pair of surrogates, which a BMPString cannot have")
-            else:                           # Under its number: no CN that is none is taken for one.
+            else:                           # Under its number, so that it never passes for a CN.
                 field, text = oid_text(oid.content), "#" + value.whole.hex()
             found[-1].append((field, text))
     return found
@@ -1262,7 +1262,7 @@ def _seconds(element):
     leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
     lengths = (0, 31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
     if not (year and 0 < month < 13 and 0 < day <= lengths[month]):
-        raise ValueError("a date that is none")
+        raise ValueError("no such date")
     # No datetime, which costs memory, and no time_t, which ends in 2038 on small boxes.
     before = year - 1
     days = 365 * before + before // 4 - before // 100 + before // 400 + sum(lengths[:month]) + day
@@ -1563,7 +1563,7 @@ class Credentials:
             return self._fault(option, path, error)
         if os.stat(path).st_mode & stat.S_IROTH:
             self._warnings.append(f"{conf.at(option)}{path}: everybody can read this private key; "
-                                  f"'chmod o= {path}'")
+                                  f"'chmod o= {shell_word(path)}'")
         self.own, *others = chain.values()
         self._note(f"own certificate {conf.certificate}", self.own.subject, self.own)
         for each in others:
@@ -1596,10 +1596,10 @@ class Credentials:
         self._note_trust(found)
         for each, path in lists.values():
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-            self.revoked.setdefault(each.issuer, set()).update(each.serials)
+            self.revoked.setdefault(each.issuer.lower(), set()).update(each.serials)
             self._note(f"revocation list {path}", each.issuer, each)
         lack = [each.subject for each, _ in found.values()
-                if each.is_ca and each.subject not in self.revoked]
+                if each.is_ca and each.subject.lower() not in self.revoked]
         if lists and lack and len(found) <= BUNDLE:
             self._warnings.append(
                 f"{conf.at('crl')}no revocation list of {_some(lack)}, which trust has: what it "
@@ -1699,6 +1699,11 @@ def describe_peer(sock) -> Peer:
     return Peer(sock.version(), sock.cipher()[0], names, pin, not_after)
 
 
+def tls_text(peer: Peer) -> str:
+    who = names_text(peer.names) or peer.pin or "no certificate"
+    return f"{peer.version}, {peer.cipher}, {who}"
+
+
 # By OpenSSL's X509_V_ERR_ numbers (x509_vfy.h).
 _NAME_FAULTS = (62, 64)
 _DATE_WORDS = {9: "is not valid yet: compare the clocks", 10: "has expired: renew it"}
@@ -1749,7 +1754,7 @@ def note_failure(sock, error):
         error.whose = f"{(whose + trusted)[0]} {_DATE_WORDS[code]}"
     elif code == 3:
         lack = dict.fromkeys(each.issuer for each in chain
-                             if each.issuer not in context.revoked)
+                             if each.issuer.lower() not in context.revoked)
         if lack:
             error.whose = _VERIFY_WORDS[3].replace("its issuer", _some(list(lack)))
     elif code in _NAME_FAULTS and chain:
@@ -1822,7 +1827,7 @@ def date_level(loaded) -> int:
 # --- Log -----------------------------------------------------------------------------------------
 
 SYSLOG_PATHS = ("/dev/log", "/var/run/log", "/var/run/syslog")
-STANDARD_LOGS = {"/dev/stdout": 1, "/dev/stderr": 2}        # Links, in a folder that is root's.
+STANDARD_LOGS = {"/dev/stdout": 1, "/dev/stderr": 2}        # Links, which open_own() refuses.
 
 
 class Log:
@@ -1844,8 +1849,8 @@ class Log:
         if self.fd > 2:
             os.close(self.fd)
         self.fd, self._syslog, self._second = fd, target == "syslog", None
-        self._torn = False                  # A full disk has cut the last line.
-        self._poll = None                   # A plain file takes all at once.
+        self._torn = False                  # The last write ended inside a line.
+        self._poll = None                   # A plain file never makes us wait.
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             self._poll = select.poll()
             self._poll.register(fd, select.POLLOUT)
@@ -1903,8 +1908,8 @@ class Log:
         return size
 
     def _to_syslog(self, lines):
-        """The library's syslog() waits for a syslogd that hangs, so these are our own datagrams
-        (RFC 3164)."""
+        """The library's syslog() waits for a syslogd that hangs, so we speak to it ourselves (RFC
+        3164): in datagrams or, where it takes none, over a stream."""
         if not self._sock:
             for kind, path in itertools.product((socket.SOCK_DGRAM, socket.SOCK_STREAM),
                                                 SYSLOG_PATHS):
@@ -2008,7 +2013,7 @@ def tune(sock: socket.socket) -> None:
 
 
 class Workers:
-    """Threads that run jobs for the loop; see the thread contract above."""
+    """Threads that run jobs for the loop; see Threads above."""
 
     def __init__(self, count: int, wake: Callable):
         self._wake, self._jobs = wake, SimpleQueue()
@@ -2084,7 +2089,7 @@ class Connection:
             self.want(READ)
 
     def want(self, mask: int) -> None:
-        """Which events are asked for; bytes that wait to be sent are seen to anyway."""
+        """Which events are asked for; unsent bytes are taken care of anyway."""
         self._wanted = mask
         if self.out or mask != self.mask:
             self._register()
@@ -2348,7 +2353,7 @@ class TlsConnection(Connection):
         super().end()
 
     def _say_close_notify(self):
-        """Behind what was sent. The peer's bytes are read first: unwrap() takes offence at them."""
+        """After what was sent. The peer's bytes are read first: with some unread unwrap() fails."""
         self._decrypted(self._rest)
         self._rest = b""
         try:
@@ -2640,8 +2645,7 @@ class Session:
                 return verdict
 
     def _tell_tls(self, peer):
-        who = names_text(peer.names) or peer.pin or "no certificate"
-        self.log(INFO, f"TLS up: {peer.version}, {peer.cipher}, {who}")
+        self.log(INFO, f"TLS up: {tls_text(peer)}")
 
     async def _dialled(self):
         """An upstream session of its own; the dial has a deadline of its own."""
@@ -2791,7 +2795,7 @@ class Session:
     # Without an upstream session of its own.
 
     def _ask(self, data):
-        """Questions, up to what is none; that waits until they are answered."""
+        """Pass questions on, up to the first other command; that waits for their answers."""
         newest = self.shim.newest[0]
         if not self.asked:                              # The configuration may be another one.
             self.shim = newest
@@ -2915,7 +2919,7 @@ class Session:
         """Nothing is read on that side any more."""
 
     def judge_again(self) -> None:
-        """After a reload; ProtocolError. Nobody else is judged anew: no session is lost to it."""
+        """After a reload; ProtocolError. Only crl counts: nothing else ends a running session."""
         for conn in (self.client, self.upstream):
             self.shim.newest[0].expel(conn)
 
@@ -3031,7 +3035,7 @@ class Target:
             then(error)
 
     def gone(self, loop, address: tuple) -> None:
-        """It was up, and left without an answer: its upsd is down, say. The next one has a turn."""
+        """It closed without an answer (its upsd is down, say): the next address is tried."""
         self.failed(loop, address, "closed before it answered")
 
     def worked(self, address: tuple) -> None:
@@ -3083,7 +3087,7 @@ class Dial:
     """A race of all targets' addresses for one upstream connection (RFC 8305 section 5).
 
     They are tried in the administrator's order, those that failed lately last. The next one begins
-    when the one before has failed, or has not come a step further for STAGGER seconds. The first
+    when the one before has failed, or has made no progress for STAGGER seconds. The first
     that is up and verified wins. then(connection, ProtocolError).
     """
 
@@ -3144,7 +3148,7 @@ class Dial:
             self._looking += target.refresh(self._loop, then, again)
 
     def _step(self, target, step, text, done=True):
-        """Something has come a step further."""
+        """An attempt has made progress."""
         self._tell(step, f"{target.text}: {text}", done)
         self.deadline = min(self._end, self._loop.now + STAGGER)
         self._loop.watch(self.deadline)
@@ -3184,7 +3188,7 @@ class Dial:
             if error.errno in _EXHAUSTED:
                 text = f"{Reason.RESOURCES.words}: {text}"
         self._failed(target, address, text)
-        # Not at once: a name may have hundreds of addresses that all fail at once.
+        # By way of the loop: hundreds of addresses that fail at once would recurse too deep.
         self._loop.soon.append(self._next)
 
     def _failed(self, target, address, text):
@@ -3290,7 +3294,7 @@ class Shared:
         if not self.links:
             self._waiting.append((asker, asked))
         for link in self.links:
-            link.questions.waiting.append((asker, asked))
+            link.questions.ask(asker, asked)
         if not self._flushing:
             self._flushing = True
             self.loop.soon.append(self._flush)
@@ -3310,7 +3314,7 @@ class Shared:
             self._watch()
 
     def _patience(self):
-        """Seconds of silence that are borne."""
+        """Seconds of silence to put up with."""
         patience = max(PATIENCE, 4 * self.shim.round_trip)
         return min(MAX_PATIENCE, patience * 2 ** min(self._silences, 6))
 
@@ -3384,9 +3388,7 @@ class Shared:
 
     def _tell_up(self, link):
         self.up_since = time.time()
-        peer = link.conn.peer
-        self.log(INFO, f"TLS up with {link.conn.origin[0].text}: {peer.version}, {peer.cipher}, "
-                       f"{names_text(peer.names) or peer.pin or 'no certificate'}, "
+        self.log(INFO, f"TLS up with {link.conn.origin[0].text}: {tls_text(link.conn.peer)}, "
                        f"round trip {self.shim.round_trip * 1000:.1f} ms")
 
     def _readable(self, link):
@@ -3606,11 +3608,11 @@ class Shim:
             self.newest[0].expel(conn)
 
     def expel(self, conn: Optional[Connection]) -> None:
-        """ProtocolError when crl has the certificate of a peer that was let in before it had."""
+        """ProtocolError when crl revokes the certificate of a peer that was let in earlier."""
         revoked = self.credentials.revoked
         der = revoked and isinstance(conn, TlsConnection) and conn.engine.tls.getpeercert(True)
         found = der and read_certificate(der)
-        if found and found.serial in revoked.get(found.issuer, ()):
+        if found and found.serial in revoked.get(found.issuer.lower(), ()):
             raise ProtocolError(Reason.REVOKED, names_text(found.names))
 
     def name_for(self, target: Target) -> bytes:
@@ -3683,7 +3685,7 @@ class Loop:
 
     def __init__(self, log: Log, threads: int, on_signal: Callable):
         self.log, self._on_signal = log, on_signal
-        self._signals: set = set()          # Those that wait for their turn.
+        self._signals: set = set()          # Received, not handled yet.
         self.selector = selectors.DefaultSelector()
         self.now = time.monotonic()
         self.sessions: set = set()
@@ -3708,7 +3710,7 @@ class Loop:
             pass                            # Full, so it will wake anyway.
 
     def signalled(self, number: int, _frame=None) -> None:
-        """The handler of a signal, whose own byte is lost where hundreds wait."""
+        """A signal's handler: the byte that Python writes is lost when the socket is full."""
         self._signals.add(number)
         self._wake()
 
@@ -3790,7 +3792,7 @@ class Loop:
         for each in list(self.timed):
             if each.deadline > self.now:
                 self.watch(each.deadline)
-            elif each in self.timed:        # Another one's end may have been its own.
+            elif each in self.timed:        # An earlier call may have ended it.
                 self.guarded(each, each.expired)
         self._next = max(self._next, self.now + 0.05)
 
@@ -3886,12 +3888,10 @@ def add_listen_faults(shims: list, faults: list) -> None:
     taken: dict = {}                            # key: the shim's name
     for conf in shims:
         if any(fault.startswith(f"{conf.path}:{conf.lines.get('listen')}:") for fault in faults):
-            continue                            # Instead of what is wrong it has the default.
-        try:
-            keys = listen_keys(conf)
-        except ConfigError:
-            continue                            # A warning, until it is to be opened.
-        for key in keys:
+            continue                            # It has the default in place of what is wrong.
+        if not all(host in ("*", "localhost") or numeric_family(host) for host, _ in conf.listen):
+            continue                            # A resolver may take its time.
+        for key in listen_keys(conf):
             other = clash(key, taken)
             if other:
                 faults.append(f"{conf.at('listen')}{address_text(key[1])}: [{taken[other]}] "
@@ -3912,7 +3912,10 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
             return sock
         if (address[0] == "0.0.0.0" and sock.getsockname()[:2] == ("::", address[1])
                 and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)):
-            return sock.dup()           # One for both families, as systemd's are.
+            twin = sock.dup()           # One for both families, as systemd's are.
+            tune(twin)
+            twin.listen(BACKLOG)
+            return twin
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -3926,7 +3929,7 @@ def open_listener(key: tuple, at: str, handed_over: list) -> Optional[socket.soc
             except OSError:
                 pass                            # The other family's, or for root only.
         sock.bind(address)
-        sock.listen(BACKLOG)                    # Only this tells for sure that nobody else does.
+        sock.listen(BACKLOG)                    # Only this shows that no other program does.
         return sock
     except OSError as error:
         if sock:
@@ -4239,7 +4242,7 @@ class Probe:
                     raise
             except ProtocolError as error:
                 if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-                    self._step = "name" if error.__cause__.verify_code in (62, 64) else "chain"
+                    self._step = "name" if error.__cause__.verify_code in _NAME_FAULTS else "chain"
                     error = ProtocolError(error.reason, f"{error}. "
                                           + await self._stranger(family, address, str(error)))
                 elif error.reason is Reason.PIN:
@@ -4278,7 +4281,7 @@ class Probe:
         return answer
 
     async def _stranger(self, family, address, told):
-        """Whose certificate was refused, beyond what was told: another connection, kept silent."""
+        """More about the refused certificate than told says, over a second, silent connection."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
@@ -4333,7 +4336,7 @@ def handed_over() -> range:
 
 
 def raise_descriptor_limit(max_sessions: int) -> int:
-    """Room for so many sessions, two descriptors each; how many there is room for."""
+    """Make room for that many sessions, two descriptors each; how many fit."""
     wanted = 2 * max_sessions + SPARE_DESCRIPTORS
     if not 0 <= os.sysconf("SC_OPEN_MAX") < wanted:     # -1: no limit
         return max_sessions
@@ -4347,6 +4350,12 @@ def raise_descriptor_limit(max_sessions: int) -> int:
             pass
     room = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS) // 2
     return min(max_sessions, max(1, room))
+
+
+def shell_word(path: str) -> str:
+    """A path as a shell takes it, for commands that an administrator may copy."""
+    plain = re.fullmatch(r"[\w@%+=:,./-]+", path)
+    return path if plain else '"' + re.sub(r'(["$`\\])', r"\\\1", path) + '"'
 
 
 def closed_steps(path: str, account: pwd.struct_passwd) -> list:
@@ -4375,8 +4384,9 @@ def closed_steps(path: str, account: pwd.struct_passwd) -> list:
         lacks = "".join(letter for letter in need if not bits & {"r": 4, "x": 1}[letter])
         if lacks and here not in [place for place, _ in found]:
             # Another owner's file is opened by way of its group, whose bits then count.
-            cures = [f"chgrp {account.pw_gid} {here}"] * (who == "o") + [f"chmod g+{need} {here}"]
-            found.append((here, [f"chmod u+{lacks} {here}"] if who == "u" else cures))
+            place = shell_word(here)
+            cures = [f"chgrp {account.pw_gid} {place}"] * (who == "o") + [f"chmod g+{need} {place}"]
+            found.append((here, [f"chmod u+{lacks} {place}"] if who == "u" else cures))
         if not todo:
             return found
         part = todo.pop(0)
@@ -4390,13 +4400,13 @@ def unreadable_files(conf: Conf, account: pwd.struct_passwd) -> list:
     """
     found = {path: closed_steps(path, account)
              for shim in conf.shims for path in [conf.path] + shim.files()}
-    groups, uid, gid = os.getgroups(), os.geteuid(), os.getegid()
+    uid, gid = os.geteuid(), os.getegid()
     if uid == 0:
-        os.setgroups([])
+        os.setgroups([])                        # For good: nobody needs root's.
         os.setegid(account.pw_gid)
         os.seteuid(account.pw_uid)
     try:
-        for path in list(found):                # Tried, not reckoned: ACLs have a say too.
+        for path in list(found):                # Tried, not worked out from modes: ACLs count.
             try:
                 os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
                 del found[path]
@@ -4406,7 +4416,6 @@ def unreadable_files(conf: Conf, account: pwd.struct_passwd) -> list:
         if uid == 0:
             os.seteuid(uid)
             os.setegid(gid)
-            os.setgroups(groups)
     warnings = []
     for path, steps in found.items():
         cures = " and ".join(f"'{cure}'" for _, cures in steps for cure in cures)
@@ -4417,7 +4426,7 @@ def unreadable_files(conf: Conf, account: pwd.struct_passwd) -> list:
 
 
 def find_account(conf: Conf, warn: Callable) -> Optional[pwd.struct_passwd]:
-    """The user to become; None when that is who we are."""
+    """The user to become; None to stay who we are, be it root for lack of a user nut."""
     account = None
     if conf.user or os.geteuid() == 0:
         try:
@@ -4460,7 +4469,9 @@ class Process:
             fd = open_own(path, os.O_RDWR, 0o644, uid)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_size > 20:
-                raise ConfigError(f"{conf.at('pidfile')}{path}: is no pidfile, and left as it is")
+                os.close(fd)
+                raise ConfigError(f"{conf.at('pidfile')}{path}: this is no pidfile, so it is left "
+                                  "alone")
             os.ftruncate(fd, 0)
             os.write(fd, b"%d\n" % os.getpid())
         except BlockingIOError:
@@ -4546,7 +4557,7 @@ class Daemon:
         self.conf: Any = None
         self.loop: Any = None
         self.uid = os.geteuid()                 # Whose files are written: the user to become.
-        self.account: Optional[pwd.struct_passwd] = None        # The same, if it is another.
+        self.account: Optional[pwd.struct_passwd] = None        # To become; None to stay.
         self.process = Process(log)
 
     def run(self, ready: Callable) -> int:
@@ -4578,7 +4589,7 @@ class Daemon:
                     [socket.socket(fileno=fd) for fd in handed_over()])
         try:
             if process.pidfile is not None:
-                self.control = Control(self)
+                Control(self)                   # The selector keeps it.
             process.open_notify(self.loop)
             process.drop_privileges(conf, account)
         except ConfigError:
@@ -4853,7 +4864,7 @@ def read_arguments(argv: list) -> types.SimpleNamespace:
                 letters = ""
     if args.command not in (None, "reload", "stop", "status"):
         raise ValueError(f"-c: expected reload, stop or status, not '{args.command}'")
-    if args.form and not args.command:
+    if args.form and args.command != "status":
         raise ValueError(f"--{args.form} goes with -c status")
     args.foreground = args.foreground or args.debug
     return args
@@ -4876,8 +4887,8 @@ def check(path: str, args: types.SimpleNamespace) -> int:
     clients = {shim.name: shim for shim in conf.shims if shim.role == CLIENT}
     if args.probe in clients:
         return probe(clients[args.probe], credentials[args.probe])
-    raise ConfigError(f"{path}: expected a client shim's name, there is no such [{args.probe}]; "
-                      f"{', '.join(clients) or 'none'} is there")
+    raise ConfigError(f"{path}: expected a client shim's name ("
+                      f"{', '.join(clients) or 'there is none'}), not '{args.probe}'")
 
 
 def main(argv: Optional[list] = None) -> int:

@@ -798,6 +798,14 @@ def test_places_that_are_no_files(tmp_path):
     refused("ca", "-d", tmp_path / "file")
 
 
+def test_two_names_of_one_folder(tmp_path):
+    """Two files for one folder, named once by a link to it, are made, with each run waiting for others, not for itself."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    mk("-SAN", "a.lan", "-s", tmp_path / "real/a.pem", "-c", tmp_path / "link/b.pem")
+    assert sorted(os.listdir(str(tmp_path / "real"))) == ["a.pem", "b.pem"]
+
+
 def test_a_link_is_neither_followed_nor_replaced(tmp_path):
     """A symbolic link in a file's place is refused, even with -y and whatever it points to, and both stay as they are."""
     target = write(str(tmp_path / "precious"), "data")

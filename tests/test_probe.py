@@ -323,7 +323,7 @@ def test_no_such_client_shim(pki, tmp_path, name):
     path = write(tmp_path / "nutshim.conf", "[upsd]\nrole = server\ncertificate = %s\n"
                  "[box]\nrole = client\nupstream = a\ntrust = %s\n" % (pki.server.file, pki.ca.cert))
     done = run_shim("-p", name, "-f", path)
-    assert done.returncode == 1 and "[%s]; box is there" % name in done.stderr and done.stdout == "", done
+    assert done.returncode == 1 and "(box), not '%s'" % name in done.stderr and done.stdout == "", done
 
 
 def test_nothing_is_said_before_the_server_is_verified(probe, ports, pki):

@@ -372,7 +372,8 @@ def small_window(client_class, port):
 def read_slowly(pki, seconds=11, lists=6):
     """Let a client of each shim read lists of 1 MB, slowly for some seconds; kB by which the shims grew."""
     ways = ((PlainClient, "client"), (TlsClient, "server"))
-    with Nut({"big": dict(VARIABLES, **many_variables(8000))}) as nut, Shim(pair_config(nut.port, pki)) as shims:
+    with Nut({"big": dict(VARIABLES, **many_variables(8000))}) as nut, Shim(pair_config(
+            nut.port, pki, client={"handshake_timeout": 100})) as shims:        # upsd itself is silent while it writes to another
         with PlainClient(nut.port) as direct:
             expected = direct.ask_list("LIST VAR big", 20)
         assert len(expected) > 1000000

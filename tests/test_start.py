@@ -67,7 +67,7 @@ FAILED_STARTS = {
     "port taken": ({"listen": "127.0.0.1:{taken}"}, {}, (), "127.0.0.1:{taken}.*in use"),
     "missing certificate": ({"certificate": "{folder}/missing.pem"}, {}, (), r"missing\.pem: " + NO_FILE),
     "unwritable pidfile": ({}, {"pidfile": "{folder}/none/nutshim.pid"}, (), r"none/nutshim\.pid: " + NO_FILE),
-    "pidfile that is none": ({}, {"pidfile": "{folder}/nutshim.conf"}, (), r"nutshim\.conf: is no pidfile"),
+    "pidfile that is none": ({}, {"pidfile": "{folder}/nutshim.conf"}, (), r"nutshim\.conf: this is no pidfile"),
     "unknown user": ({}, {"user": "nobody-such"}, (), "user.*nobody-such"),
     "unknown user of -u": ({}, {}, ("-u", "nobody-such"), "user.*nobody-such"),
     "chroot that is none": ({}, {}, ("-r", "{folder}/none"), "chroot.*none"),
@@ -322,6 +322,19 @@ def test_root_becomes_the_user_for_good(daemon, nut, pki, account, way):
 
 
 @as_root
+def test_a_folder_in_trust_is_none_of_the_files_that_a_reload_reads(daemon, nut, pki, account):
+    """A closed folder inside the folder trust, such as a CA's, draws no warning and no advice to open it."""
+    shim = daemon({}, start=False)
+    trust = os.path.join(shim.folder, "trust")
+    os.makedirs(trust + "/closed", 0o755)
+    os.chmod(trust + "/closed", 0o700)
+    shutil.copy(pki.ca.cert, trust)
+    shim.configure({"": {"user": "nut"}, "shim": server_section(nut, pki, client_certificate="require", trust=trust)})
+    tested = run(*shim.program, "-t", "-f", shim.config)
+    assert tested.returncode == 0 and "trust/closed" not in tested.stdout + tested.stderr, tested
+
+
+@as_root
 def test_files_that_a_reload_could_not_read_are_named_at_the_start(daemon, nut, pki, account):
     """Each file that only root can read is named in the log, with the cure, when root becomes the user, and by root's -t before."""
     shim = daemon({}, start=False)
@@ -509,18 +522,19 @@ def test_sockets_of_systemd_are_taken_for_the_listen_lines_that_match(nut, pki):
             assert works(port) and works(plain)
 
 
-def test_a_socket_of_both_families_serves_both(nut, pki):
-    """One socket, as systemd makes it of ListenStream=PORT, is enough for listen = *, also after a reload; peers of IPv4
-    have their own address."""
+@pytest.mark.parametrize("host", ["*", "0.0.0.0"])
+def test_a_socket_of_both_families_serves_both(nut, pki, host):
+    """One socket, as systemd makes it of ListenStream=PORT, is enough for listen = * or 0.0.0.0, also after a reload; peers
+    of IPv4 have their own address, and nobody holds up the others."""
     port = free_port()
-    config = {"one": server_section(nut, pki, listen="*:%d" % port, allow_from="127.0.0.1, ::1", plaintext="localhost")}
+    config = {"one": server_section(nut, pki, listen="%s:%d" % (host, port), allow_from="127.0.0.1, ::1", plaintext="localhost")}
     with handed_over(config, ["*:%d" % port]) as shim:
         for reloaded in (False, True):
             if reloaded:
                 shim.reload()
                 shim.wait_log("reloaded")
-            for host in ("127.0.0.1", "::1"):
-                with PlainClient(port, host) as client:
+            for address in ("127.0.0.1", "::1")[:1 + (host == "*")]:
+                with PlainClient(port, address) as client:
                     assert client.ask("NETVER") == b"1.3\n"
             with PlainClient(port, source=("127.0.0.2", 0)) as client:
                 assert client.recv_until_close() == b""
