@@ -110,7 +110,7 @@ def test_install_puts_the_service_where_init_looks(init, tmp_path):
         if init != "procd":
             assert not re.search(r"(?<!/local)/usr/sbin/|(?<!/local)/usr/local/usr", text) and "/usr/local/sbin/nutshim.py" in text
     assert "pidfile" not in conf_of(tmp_path)[""], "every service takes every configuration as it is"
-    assert "in upsmon.conf put upsbox in the place of localhost" in installed(tmp_path, "--init", init, "remove").stdout
+    assert "in upsmon.conf put the UPS box in the place of localhost" in installed(tmp_path, "--init", init, "remove").stdout
     assert not list(tmp_path.rglob("*"))
 
 
