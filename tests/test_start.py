@@ -259,7 +259,7 @@ def test_nothing_of_its_parent_stays(nut, pki):
     """Descriptors that the parent left open are closed, and signals that it held back are let through."""
     plain = Shim({"shim": server_section(nut, pki)})
     with plain, Shim({"shim": server_section(nut, pki)}, script="-c", args=(INHERIT, sys.executable, NUTSHIM, "-F")) as shim:
-        assert shim.fds() == plain.fds()
+        poll(lambda: shim.fds() == plain.fds(), 5, lambda: "as many descriptors: %s, %s" % (shim.fds(), plain.fds()))
         mark = shim.mark()
         shim.reload()
         shim.wait_log("reloaded", start=mark)
