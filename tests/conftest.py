@@ -89,7 +89,7 @@ def pytest_sessionfinish(session):
     """Nothing that the tests start outlives them, not even in the background: else the run fails."""
     yield                                           # the last fixtures end in here
     mark = os.environ.pop(MARK)
-    deadline = time.monotonic() + 2                 # for what is ending anyway
+    deadline = time.monotonic() + 10                # for what is ending anyway
     while leftovers(mark) and time.monotonic() < deadline:
         time.sleep(0.02)
     found = leftovers(mark)
