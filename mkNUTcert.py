@@ -370,8 +370,9 @@ def blame(path: str, done: Optional[List[str]] = None) -> Iterator[None]:
         if not done:
             hints[errno.ENOSPC] = hints[errno.EDQUOT] = "make room: nothing was changed"
         hint = hints.get(error.errno or 0)
-        raise Fault("%s: %s%s%s" % (path, error.strerror, "; " + hint if hint else "",
-                                    "; written before it: " + ", ".join(done) if done else ""))
+        raise Fault("%s: %s%s%s" % (
+            path, error.strerror, "; " + hint if hint else "",
+            "; written before it: " + ", ".join(done) if done else "")) from None
 
 
 def may_write(paths: List[str], yes: bool) -> bool:
@@ -468,7 +469,8 @@ def reader() -> Any:
         spec.loader.exec_module(module)
         return module
     except ImportError as error:
-        raise Fault("nutshim.py cannot be used: %s (on OpenWrt install python3-openssl)" % error)
+        raise Fault("nutshim.py cannot be used: %s (on OpenWrt install python3-openssl)"
+                    % error) from None
     finally:
         sys.dont_write_bytecode = before
 
@@ -487,7 +489,7 @@ def read_pem(path: str) -> Pem:
         with blame(path):
             blocks = reader().pem_blocks(reader().read_file(path))
     except ValueError as error:
-        raise Fault("%s: no whole PEM file: %s" % (path, error))
+        raise Fault("%s: no whole PEM file: %s" % (path, error)) from None
     for block in blocks:
         if block.encrypted:
             raise Fault("%s: the key has a passphrase, which nobody types when a box starts; "
@@ -529,7 +531,7 @@ def describe(cert: bytes) -> Certificate:
             for _, oid, _ in reader().der_items(content):
                 uses.append(USES.get(reader().oid_text(oid), reader().oid_text(oid)))
     except (ValueError, IndexError) as error:
-        raise Fault("no certificate that nutshim.py takes: %s; make it again" % error)
+        raise Fault("no certificate that nutshim.py takes: %s; make it again" % error) from None
     return Certificate(cert, found.serial, found.subject or "no subject", found.issuer or "nobody",
                        moment(found.not_before), moment(found.not_after),
                        [name for name in found.names if not name.startswith("CN=")],
@@ -542,7 +544,7 @@ def describe_all(pem: Pem) -> List[Certificate]:
         try:
             found.append(describe(cert))
         except Fault as fault:
-            raise Fault("%s: certificate %d: %s" % (pem.path, number, fault))
+            raise Fault("%s: certificate %d: %s" % (pem.path, number, fault)) from None
     return found
 
 
@@ -551,7 +553,7 @@ def read_list(crl: bytes) -> Any:
     try:
         return reader().read_crl(der(crl))
     except ValueError as error:
-        raise Fault("%s; get a new one from its CA" % error)
+        raise Fault("%s; get a new one from its CA" % error) from None
 
 
 def key_name(public: bytes) -> str:
@@ -691,7 +693,7 @@ class OpenSSL:
                     print(".", end="", file=sys.stderr, flush=True)
         except FileNotFoundError:
             raise Fault("the openssl command is missing: install the package openssl (on OpenWrt "
-                        "openssl-util)")
+                        "openssl-util)") from None
         except BaseException:
             if process:
                 process.kill()
@@ -896,7 +898,7 @@ class CA:
             except (Fault, ValueError) as fault:
                 raise Fault("%s: cannot be used (%s): bring it back from a backup, or remove it, "
                             "and the next run makes it again"
-                            % (path, str(fault).replace(path + ": ", "")))
+                            % (path, str(fault).replace(path + ": ", ""))) from None
         index = dict(self.index)
         forgotten = (listed or set()) - revoked(index)
         for serial in forgotten:
@@ -1198,7 +1200,7 @@ def renew(ossl: OpenSSL, opts: argparse.Namespace) -> None:
             subject = {field: dn_text(text) for field, text in old.fields}
         except argparse.ArgumentTypeError as error:
             raise Fault("%s: its names or its key's type cannot be used again: %s"
-                        % (opts.file, error))
+                        % (opts.file, error)) from None
         key = ossl.new_key(kind) if opts.new_key else pem.keys[0]
         role = "client" if ossl.verify(old.pem, ca.cert, "-purpose", "sslserver") else "server"
         cert, end, record = ca.issue(role, subject, names, key, start, end)
@@ -1342,7 +1344,7 @@ def read_conf(path: str) -> List[Tuple[str, str, List[str]]]:
     try:
         conf, _ = reader().read_config(path)
     except reader().ConfigError as error:
-        raise Fault(str(error))
+        raise Fault(str(error)) from None
     found = [(shim.name, shim.role, [file for file in shim.files() if not os.path.isdir(file)])
              for shim in conf.shims if shim.files()]
     if not found:

@@ -148,7 +148,7 @@ except ImportError:
 
 TYPE_CHECKING = False                # typing costs memory, and annotations are not evaluated.
 if TYPE_CHECKING:
-    from typing import Any, Callable, Counter, Deque, Iterable, Optional, Union
+    from typing import Any, Callable, Counter, Iterable, Optional, Union
 
 VERSION = "1.1"
 
@@ -997,8 +997,9 @@ class Questions:
     __slots__ = ("waiting", "sent", "fault", "begun", "_data", "_held", "_in_list", "_free")
 
     def __init__(self, waiting=()):
-        self.waiting: Deque = collections.deque(waiting)    # (asker, Question), not sent yet
-        self.sent: Deque = collections.deque()              # The same, sent and not answered.
+        # (asker, Question), not sent yet
+        self.waiting: collections.deque = collections.deque(waiting)
+        self.sent: collections.deque = collections.deque()  # The same, sent and not answered.
         self.fault = ""         # Why this session is not to be trusted any more.
         self.begun = False      # The first reply due has been handed out in part.
         self._data = b""        # Its other bytes,
@@ -2017,7 +2018,7 @@ class Workers:
 
     def __init__(self, count: int, wake: Callable):
         self._wake, self._jobs = wake, SimpleQueue()
-        self.done: Deque = collections.deque()      # (then, result, error), from any thread
+        self.done: collections.deque = collections.deque()  # (then, result, error), from any thread
         for _ in range(count):
             _thread.start_new_thread(self._run, ())
 
@@ -3759,7 +3760,7 @@ class Loop:
         select, monotonic = self.selector.select, time.monotonic
         self.log.hold = True
         while not self.finished:
-            timeout = None
+            timeout: Optional[float] = None
             if self.again:
                 timeout = 0
             elif self._next < float("inf"):
@@ -4065,7 +4066,7 @@ _LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 def status_prometheus(data: dict) -> str:
     """The numbers in the text format of Prometheus."""
-    series = {name: {} for name in METRICS}             # {labels: value}: none stands twice
+    series: dict = {name: {} for name in METRICS}       # {labels: value}: none stands twice
 
     def metric(name, value, **labels):
         pairs = ",".join(f'{label}="{text.translate(_LABEL_ESCAPES)}"'
@@ -4364,7 +4365,8 @@ def closed_steps(path: str, account: pwd.struct_passwd) -> list:
     The permission bits of each folder on the way, behind links too, and of the file count. The
     commands, followed literally, open it for the account's group.
     """
-    found, here, todo, links = [], "/", os.path.abspath(path).split("/"), 0
+    found: list = []
+    here, todo, links = "/", os.path.abspath(path).split("/"), 0
     while True:
         try:
             info = os.lstat(here)
@@ -4457,7 +4459,7 @@ class Process:
     def __init__(self, log: Log):
         self._log = log
         self.pidfile: Optional[int] = None      # Its descriptor, once it is locked.
-        self._notify = None
+        self._notify: Optional[socket.socket] = None
 
     def lock_pidfile(self, conf: Conf, uid: int) -> None:
         """The lock, not the file, tells whether nutshim runs, so a stale file does no harm.
